@@ -1,0 +1,34 @@
+"""Prints what has to be installed to build the package, and with `--extra NAME` what an extra of it needs.
+
+    python -m build_tools.requirements --extra test > requirements.txt
+
+The lists are those of pyproject.toml; the CUDA compiler's wheels are added where there is no toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from build_tools.toolchain import missing_nvcc_requirements
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+def requirements(extras: list[str]) -> list[str]:
+    pyproject = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
+    listed = list(pyproject["build-system"]["requires"])
+    for extra in extras:
+        listed += pyproject["project"]["optional-dependencies"][extra]
+    return [*listed, *missing_nvcc_requirements()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="print the build requirements, one per line")
+    parser.add_argument("--extra", action="append", default=[], help="also those of this extra")
+    print("\n".join(requirements(parser.parse_args().extra)))

@@ -1,0 +1,160 @@
+// The tile scheduler: lengths -> one stretch of work per worker.
+//
+//   cost(tile)  = num_blocks + kSplitOverheadBlocks          a request has tiles_per_request tiles of equal cost
+//   start(i)    = sum of the costs of the requests before i
+//   quota       = max(ceil(total / num_workers), kSplitOverheadBlocks + kMinBlocksPerSplit)
+//   boundary(w) = the place on the line at cost min(w * quota, total); inside a tile's overhead it moves to the
+//                 tile's begin, so no worker exceeds quota + kSplitOverheadBlocks
+//
+// Every boundary is found on its own by bisection over start(), so nothing here is sequential but one block scan.
+//
+// One CTA of 1024 threads. Shared memory: start[batch_size + 1] (int64), boundaries[num_workers + 1], the running count
+// of boundaries that cut a tile [num_workers + 1], and 32 warp totals for the scans.
+#include "kernels/decode_schedule/decode_schedule.h"
+
+namespace flash_mla {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+
+struct Boundary {
+    int batch, tile, block;
+
+    __device__ bool cuts_a_tile() const { return block > 0; }
+    __device__ bool operator==(Boundary const& o) const {
+        return batch == o.batch && tile == o.tile && block == o.block;
+    }
+};
+
+__device__ int num_blocks_of(int seqlen) { return seqlen > 0 ? (seqlen - 1) / kPageSize + 1 : 0; }
+
+// Inclusive scan of one value per thread over the CTA.
+template <typename T>
+__device__ T scan_inclusive(T value, T* warp_totals) {
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int delta = 1; delta < 32; delta *= 2) {
+        T const below = __shfl_up_sync(~0u, value, delta);
+        if (lane >= delta) value += below;
+    }
+    if (lane == 31) warp_totals[warp] = value;
+    __syncthreads();
+    if (warp == 0) {
+        T total = warp_totals[lane];
+        for (int delta = 1; delta < kWarps; delta *= 2) {
+            T const below = __shfl_up_sync(~0u, total, delta);
+            if (lane >= delta) total += below;
+        }
+        warp_totals[lane] = total;
+    }
+    __syncthreads();
+    T const result = warp > 0 ? value + warp_totals[warp - 1] : value;
+    __syncthreads();
+    return result;
+}
+
+// The request whose stretch of the line holds cost x.
+__device__ int find_request(int64_t const* start, int batch_size, int64_t x) {
+    int low = 0, high = batch_size;  // start[low] <= x < start[high]
+    while (high - low > 1) {
+        int const middle = (low + high) / 2;
+        (start[middle] <= x ? low : high) = middle;
+    }
+    return low;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeScheduleParams const params) {
+    extern __shared__ int64_t start[];  // [batch_size + 1]
+    int64_t* const warp_totals = start + params.batch_size + 1;
+    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);             // [num_workers + 1]
+    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.num_workers + 1);      // [num_workers + 1]
+
+    int64_t carry = 0;
+    if (threadIdx.x == 0) start[0] = 0;
+    for (int base = 0; base < params.batch_size; base += kThreads) {
+        int const i = base + threadIdx.x;
+        int64_t cost = 0;
+        if (i < params.batch_size) {
+            int64_t const blocks = num_blocks_of(params.cache_seqlens[i]);
+            cost = (blocks + kSplitOverheadBlocks) * params.tiles_per_request;
+        }
+        int64_t const end = carry + scan_inclusive(cost, warp_totals);
+        if (i < params.batch_size) start[i + 1] = end;
+        __syncthreads();
+        carry = start[min(base + kThreads, params.batch_size)];
+    }
+
+    int64_t const total = carry;
+    int64_t const fair_share = (total + params.num_workers - 1) / params.num_workers;
+    int64_t const quota = max(fair_share, int64_t(kSplitOverheadBlocks + kMinBlocksPerSplit));
+
+    // Where worker w begins and worker w - 1 ends.
+    auto find_boundary = [&](int w) -> Boundary {
+        int64_t const x = w * quota;
+        if (x >= total) return {params.batch_size, 0, 0};
+        int const batch = find_request(start, params.batch_size, x);
+        int64_t const tile_cost = (start[batch + 1] - start[batch]) / params.tiles_per_request;
+        int64_t const in_request = x - start[batch];
+        int const tile = int(in_request / tile_cost);
+        int const offset = int(in_request - tile * tile_cost);
+        return {batch, tile, max(offset - kSplitOverheadBlocks, 0)};
+    };
+    int cuts_before = 0;
+    for (int base = 0; base <= params.num_workers; base += kThreads) {
+        int const w = base + threadIdx.x;
+        bool cut = false;
+        if (w <= params.num_workers) {
+            boundaries[w] = find_boundary(w);
+            cut = boundaries[w].cuts_a_tile();
+        }
+        int const count = cuts_before + scan_inclusive(int(cut), reinterpret_cast<int*>(warp_totals));
+        if (w <= params.num_workers) num_cuts[w] = count;
+        __syncthreads();
+        cuts_before = num_cuts[min(base + kThreads - 1, params.num_workers)];
+    }
+
+    auto* const rows = reinterpret_cast<WorkerRow*>(params.metadata);
+    for (int w = threadIdx.x; w < params.num_workers; w += kThreads) {
+        Boundary const begin = boundaries[w], end = boundaries[w + 1];
+        WorkerRow row{begin.batch, begin.tile, begin.block, begin.batch, begin.tile, begin.block, 0, w};
+        if (!(begin == end)) {
+            if (end.cuts_a_tile()) {
+                row.end_batch = end.batch, row.end_tile = end.tile, row.end_block = end.block;
+                int64_t const tile_cost = (start[end.batch + 1] - start[end.batch]) / params.tiles_per_request;
+                int64_t const tile_end = start[end.batch] + (end.tile + 1) * tile_cost;
+                row.last_worker = int((tile_end + quota - 1) / quota) - 1;
+            } else {
+                bool const first_tile = end.tile == 0;
+                row.end_batch = first_tile ? end.batch - 1 : end.batch;
+                row.end_tile = first_tile ? params.tiles_per_request - 1 : end.tile - 1;
+                row.end_block = num_blocks_of(params.cache_seqlens[row.end_batch]);
+            }
+            row.num_pieces =
+                (row.end_batch - row.begin_batch) * params.tiles_per_request + row.end_tile - row.begin_tile + 1;
+        }
+        rows[w] = row;
+    }
+
+    // Pieces before request i: its predecessors' tiles, and one more for every boundary that cuts one of them.
+    for (int i = threadIdx.x; i <= params.batch_size; i += kThreads) {
+        int64_t const boundaries_before = start[i] > 0 ? (start[i] - 1) / quota : 0;
+        params.num_splits[i] =
+            i * params.tiles_per_request + num_cuts[min(boundaries_before, int64_t(params.num_workers))];
+    }
+}
+
+}  // namespace
+
+cudaError_t launch_decode_schedule(DecodeScheduleParams const& params, cudaStream_t stream) {
+    size_t const shared_bytes = sizeof(int64_t) * (params.batch_size + 1 + kWarps) +
+                                (sizeof(Boundary) + sizeof(int)) * (params.num_workers + 1);
+    if (shared_bytes > 48 * 1024) {
+        cudaError_t const status = cudaFuncSetAttribute(
+            decode_schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (status != cudaSuccess) return status;
+    }
+    decode_schedule_kernel<<<1, kThreads, shared_bytes, stream>>>(params);
+    return cudaGetLastError();
+}
+
+}  // namespace flash_mla

@@ -1,0 +1,62 @@
+// Host side of the dense decode: picks the variant, describes the cache to the copy engine, launches.
+#pragma once
+
+#include <mutex>
+
+#include "kernels/sm90/dense_decode/dense_decode.h"
+#include "kernels/sm90/dense_decode/kernel.cuh"
+#include "kernels/sm90/primitives/tensor_map.h"
+
+namespace flash_mla::sm90 {
+
+template <typename Traits>
+cudaError_t encode_k_map(CUtensorMap* map, DenseDecodeParams const& params) {
+    constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
+    constexpr auto kType = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>
+                               ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    std::array<TensorMapAxis, 4> const axes{{
+        {uint64_t(kHeadDim), kElementBytes, uint32_t(Traits::kChunkColumns)},
+        {uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)},
+        {uint64_t(params.num_heads_kv), params.k_head_stride * kElementBytes, 1},
+        {uint64_t(params.num_blocks), params.k_block_stride * kElementBytes, 1},
+    }};
+    return encode_tensor_map<4>(map, kType, params.k_cache, axes);
+}
+
+// Raises a kernel's shared-memory limit, once per device.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
+    constexpr int kMaxDevices = 64;
+    static std::once_flag done[kMaxDevices];
+    static cudaError_t status[kMaxDevices];
+    int device = 0;
+    if (cudaError_t const error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    std::call_once(done[device], [&] {
+        status[device] = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    });
+    return status[device];
+}
+
+template <typename Traits>
+cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
+    CUtensorMap k_map;
+    if (cudaError_t const error = encode_k_map<Traits>(&k_map, params); error != cudaSuccess) return error;
+    auto* const kernel = dense_decode_kernel<Traits>;
+    constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
+    static_assert(kSharedBytes <= 227 * 1024);
+    if (cudaError_t const error = allow_shared_memory(kernel, kSharedBytes); error != cudaSuccess) return error;
+    int const num_ctas = params.grid.num_workers * params.grid.num_lanes;
+    kernel<<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, k_map);
+    return cudaGetLastError();
+}
+
+// One tile of query rows per KV block is bound by memory, more by the tensor cores.
+template <typename Element>
+cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
+    return params.grid.m_tiles > 1 ? launch_variant<DenseDecodeTraits<Element, true>>(params, stream)
+                                   : launch_variant<DenseDecodeTraits<Element, false>>(params, stream);
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,188 @@
+// An output warpgroup: O = P·V for one half of the latent columns, kept in registers, and its way to global memory. What
+// it has freed it fills again: it starts the copies of the next KV block itself.
+#pragma once
+
+#include "kernels/sm90/dense_decode/load.h"
+#include "kernels/sm90/dense_decode/traits.h"
+#include "kernels/sm90/primitives/fragment.h"
+
+namespace flash_mla::sm90 {
+
+template <typename Traits>
+struct OutputMainloop {
+    using Element = typename Traits::Element;
+    using SharedStorage = typename Traits::SharedStorage;
+
+    static constexpr int kNumOutputs = kBlockM * Traits::kHalfColumns / 128;  // per thread
+    using Outputs = float[kNumOutputs];
+
+    DenseDecodeParams const& params;
+    CUtensorMap const& k_map;
+    SharedStorage& shared;
+    WarpgroupRole role;
+    int thread;  // in the warpgroup
+    RingPosition<Traits::kNumStages> ring = {};
+    uint32_t stats_phase = 0;
+
+    __device__ void run() {
+        PieceCursor pieces(params);
+        Piece piece;
+        while (pieces.next(piece)) run_piece(piece);
+    }
+
+private:
+    __device__ int half() const { return role == WarpgroupRole::kOutputHigh; }
+    __device__ int first_chunk() const { return half() * Traits::kChunksPerHalf; }
+    __device__ uint32_t barrier() const { return warpgroup_barrier(role); }
+
+    __device__ void run_piece(Piece const& piece) {
+        Outputs outputs;
+#pragma unroll
+        for (int i = 0; i < kNumOutputs; ++i) outputs[i] = 0.f;
+        for (int block = piece.begin_block; block < piece.end_block; ++block) {
+            shared.barriers.p_ready[ring.stage].wait(ring.phase);
+            if (shared.must_rescale[ring.stage][thread / 32]) rescale(outputs);
+            int const num_keys = piece.seqlen - block * kPageSize;
+            if (num_keys < kPageSize) clear_keys_from(num_keys);
+            multiply(outputs);
+            refill_stage();
+            ring.advance();
+        }
+        store(piece, outputs);
+    }
+
+    __device__ void rescale(Outputs& outputs) {
+        float const factor[kRowsPerThread] = {shared.rescale[ring.stage][fragment_row(thread, 0)],
+                                              shared.rescale[ring.stage][fragment_row(thread, 1)]};
+#pragma unroll
+        for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
+    }
+
+    // Whatever the cache holds behind the last key may be NaN, and 0 · NaN is not 0.
+    __device__ void clear_keys_from(int num_keys) {
+#pragma unroll
+        for (int chunk = 0; chunk < Traits::kChunksPerHalf; ++chunk) {
+            auto* const words =
+                reinterpret_cast<uint4*>(shared.kv[ring.stage][first_chunk() + chunk]);
+            for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
+        }
+        cutlass::arch::fence_view_async_shared();
+        cutlass::arch::NamedBarrier::sync(128, barrier());
+    }
+
+    __device__ void multiply(Outputs& outputs) {
+        using namespace cute;
+        typename Traits::MmaOutput mma;
+        auto const thread_mma = mma.get_slice(thread);
+        Tensor const s_p = make_tensor(make_smem_ptr(shared.p(ring.stage)), typename Traits::LayoutP{});
+        Tensor const s_v = make_tensor(make_smem_ptr(&shared.kv[ring.stage][first_chunk()][0]),
+                                       typename Traits::LayoutV{});
+        Tensor const r_p = thread_mma.partition_fragment_A(s_p);                       // (MMA, 1, k)
+        Tensor const r_v = thread_mma.partition_fragment_B(s_v);                       // (MMA, 1, k)
+        Tensor r_o = make_tensor(make_rmem_ptr(&outputs[0]),
+                                 partition_shape_C(mma, Shape<Int<kBlockM>, Int<Traits::kHalfColumns>>{}));
+
+        fence_outputs(outputs);
+        warpgroup_arrive();
+#pragma unroll
+        for (int k = 0; k < size<2>(r_p); ++k) {
+            cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), r_o);
+        }
+        warpgroup_commit_batch();
+        warpgroup_wait<0>();
+        fence_outputs(outputs);
+    }
+
+    __device__ static void fence_outputs(Outputs& outputs) {
+#pragma unroll
+        for (float& output : outputs) cute::warpgroup_fence_operand(output);
+    }
+
+    // The columns of V that this warpgroup read are free once its four warps are through; P's place, which is RoPE's,
+    // once the other warpgroup is through as well.
+    __device__ void refill_stage() {
+        if (role == WarpgroupRole::kOutputLow) warp_arrive(shared.barriers.p_read_by_low[ring.stage]);
+        if (thread < 32) {
+            LoadOrder const order = shared.order[ring.stage];
+            cutlass::arch::NamedBarrier::sync(128, barrier());
+            if (thread == 0 && order.head_kv != LoadOrder::kNothing) start_copies(order);
+        } else {
+            cutlass::arch::NamedBarrier::arrive(128, barrier());
+        }
+    }
+
+    __device__ void start_copies(LoadOrder const& order) {
+        load_chunks<Traits>(params, k_map, shared, ring.stage, order, first_chunk(), Traits::kChunksPerHalf);
+        if (role == WarpgroupRole::kOutputHigh) {
+            shared.barriers.p_read_by_low[ring.stage].wait(ring.phase);
+            load_chunks<Traits>(params, k_map, shared, ring.stage, order, Traits::kRopeChunk, 1);
+        }
+    }
+
+    __device__ void store(Piece const& piece, Outputs const& outputs) {
+        shared.barriers.stats_full.wait(stats_phase);
+        stats_phase ^= 1;
+        float const inverse_sum[kRowsPerThread] = {shared.inverse_sum[fragment_row(thread, 0)],
+                                                   shared.inverse_sum[fragment_row(thread, 1)]};
+        warp_arrive(shared.barriers.stats_empty);
+        store_half<0>(piece, inverse_sum[0], outputs);
+        store_half<1>(piece, inverse_sum[1], outputs);
+    }
+
+    // One of the two rows of each thread.
+    template <int h>
+    __device__ void store_half(Piece const& piece, float inverse_sum, Outputs const& outputs) const {
+        int const row = fragment_row(thread, h);
+        QueryRow const at = query_row(params, piece, row);
+        if (piece.is_partial()) {
+            if (at.exists) store_partial_row<h>(partial_row(piece, row), inverse_sum, outputs);
+        } else {
+            store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
+        }
+    }
+
+    __device__ float* partial_row(Piece const& piece, int row) const {
+        int64_t const tile = int64_t(piece.slot) * params.grid.num_lanes + blockIdx.x % params.grid.num_lanes;
+        return params.out_partial + (tile * kBlockM + row) * kHeadDimV + half() * Traits::kHalfColumns;
+    }
+    __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {
+        return static_cast<Element*>(params.out) + piece.batch * params.out_batch_stride +
+               at.token * params.out_token_stride + at.head_q * params.out_head_stride + half() * Traits::kHalfColumns;
+    }
+
+    // A row that saw no key is 0, whatever the values of the keys it did not see.
+    __device__ static float normalized(float output, float inverse_sum) {
+        return inverse_sum == 0.f ? 0.f : output * inverse_sum;
+    }
+
+    template <int h>
+    __device__ void store_partial_row(float* row, float inverse_sum, Outputs const& outputs) const {
+        float* const target = row + fragment_column(thread, 0);
+#pragma unroll
+        for (int tile = 0; tile < kNumOutputs / 4; ++tile) {
+            *reinterpret_cast<float2*>(target + 8 * tile) =
+                float2{normalized(outputs[4 * tile + 2 * h], inverse_sum),
+                       normalized(outputs[4 * tile + 2 * h + 1], inverse_sum)};
+        }
+    }
+
+    // Four tiles of 8 columns at a time, transposed among the four lanes of a row: 16 bytes a lane, 64 together.
+    template <int h>
+    __device__ void store_row(Element* row, bool exists, float inverse_sum, Outputs const& outputs) const {
+        Element* const target = row + thread % 4 * 8;
+#pragma unroll
+        for (int group = 0; group < kNumOutputs / 16; ++group) {
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int const first = 4 * (4 * group + i) + 2 * h;
+                word[i] = pack_pair(normalized(outputs[first], inverse_sum),
+                                    normalized(outputs[first + 1], inverse_sum), Element{});
+            }
+            transpose_in_quad(word);
+            if (exists) *reinterpret_cast<uint4*>(target + 32 * group) = uint4{word[0], word[1], word[2], word[3]};
+        }
+    }
+};
+
+}  // namespace flash_mla::sm90

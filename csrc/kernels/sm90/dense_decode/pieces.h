@@ -1,0 +1,91 @@
+// What one CTA has to do: the pieces of its worker's stretch, as seen from its lane.
+#pragma once
+
+#include "params/dense_decode.h"
+
+namespace flash_mla::sm90 {
+
+struct Piece {
+    static constexpr int kWholeTile = -1;
+
+    int batch, head_kv, m_tile;
+    int begin_block, end_block;
+    int seqlen;
+    int slot;  // of the partial result, or kWholeTile
+
+    __device__ bool is_partial() const { return slot != kWholeTile; }
+    __device__ bool is_empty() const { return begin_block >= end_block; }
+};
+
+// Runs through the pieces in order. Lengths are read here and now: the plan only divides, so one made for other lengths
+// still gives right results.
+class PieceCursor {
+public:
+    __device__ explicit PieceCursor(DenseDecodeParams const& params) : params_(params) {
+        int4 const begin = __ldg(row_words());
+        batch_ = begin.x;
+        tile_ = begin.y;
+    }
+
+    // Returns false when there is none left.
+    __device__ bool next(Piece& piece) {
+        WorkerGrid const& grid = params_.grid;
+        int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
+        for (;;) {
+            // Read again for every piece: it stays in the L1, and registers are dearer.
+            int4 const begin = __ldg(row_words()), end = __ldg(row_words() + 1);
+            WorkerRow const row{begin.x, begin.y, begin.z, begin.w, end.x, end.y, end.z, end.w};
+            if (index_ >= row.num_pieces || batch_ >= params_.batch_size) return false;
+
+            bool const continued = index_ == 0 && row.begin_block > 0;
+            bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
+            int const seqlen = max(__ldg(params_.cache_seqlens + batch_), 0);
+            int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
+            piece.batch = batch_;
+            piece.head_kv = tile_ / grid.lane_groups;
+            piece.m_tile = tile_ % grid.lane_groups * grid.num_lanes + lane;
+            piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
+            piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
+            piece.seqlen = seqlen;
+            piece.slot = continued || continues ? partial_slot(worker, index_ == 0) : Piece::kWholeTile;
+
+            ++index_;
+            if (++tile_ == grid.tiles_per_request) {
+                tile_ = 0;
+                ++batch_;
+            }
+            if (piece.m_tile < grid.m_tiles) return true;
+        }
+    }
+
+    // The next piece that has keys.
+    __device__ bool next_with_keys(Piece& piece) {
+        while (next(piece)) {
+            if (!piece.is_empty()) return true;
+        }
+        return false;
+    }
+
+private:
+    __device__ int4 const* row_words() const {
+        return reinterpret_cast<int4 const*>(params_.metadata + blockIdx.x / params_.grid.num_lanes);
+    }
+
+    DenseDecodeParams const& params_;
+    int batch_, tile_;
+    int index_ = 0;
+};
+
+// A query row of a tile, as a place in q, out and lse.
+struct QueryRow {
+    int token, head_q;
+    bool exists;
+};
+__device__ inline QueryRow query_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
+    int const row = piece.m_tile * kBlockM + row_in_tile;
+    int const token = row / params.heads_per_group;
+    int const head_q = piece.head_kv * params.heads_per_group + row - token * params.heads_per_group;
+    return {token, head_q, row < params.rows_per_head_kv};
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,54 @@
+// The accumulator of a 64×N wgmma, as its 128 threads hold it: thread t has two rows, 16·(t / 32) + (t % 32) / 4 and the
+// one 8 below it, and of every 8 columns the pair 2·(t % 4).
+//   element 4·i + 2·h + c  =  (row + 8·h, column 8·i + 2·(t % 4) + c)
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+
+namespace flash_mla::sm90 {
+
+inline constexpr int kRowsPerThread = 2;
+
+__device__ inline int fragment_row(int thread_in_warpgroup, int half) {
+    return thread_in_warpgroup / 32 * 16 + thread_in_warpgroup % 32 / 4 + 8 * half;
+}
+__device__ inline int fragment_column(int thread_in_warpgroup, int tile) {
+    return 8 * tile + 2 * (thread_in_warpgroup % 4);
+}
+
+__device__ inline uint32_t pack_pair(float low, float high, cutlass::bfloat16_t) {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+}
+__device__ inline uint32_t pack_pair(float low, float high, cutlass::half_t) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+}
+
+// Transposes a 4×4 matrix of words whose row i the i-th lane of each quad holds.
+__device__ inline void transpose_in_quad(uint32_t (&word)[4]) {
+    auto exchange = [](uint32_t& kept_by_upper, uint32_t& kept_by_lower, int distance) {
+        bool const upper = threadIdx.x & distance;
+        uint32_t const sent = upper ? kept_by_upper : kept_by_lower;
+        uint32_t const received = __shfl_xor_sync(~0u, sent, distance);
+        (upper ? kept_by_upper : kept_by_lower) = received;
+    };
+    exchange(word[0], word[1], 1);
+    exchange(word[2], word[3], 1);
+    exchange(word[0], word[2], 2);
+    exchange(word[1], word[3], 2);
+}
+
+// Four 8×8 matrices of 16-bit elements from registers to shared memory; lane l gives the address of row l % 8 of matrix
+// l / 8.
+__device__ inline void store_matrix_x4(uint32_t shared_address, uint32_t const (&word)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address),
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,22 @@
+"""Attention kernels for Multi-head Latent Attention (MLA) on Hopper GPUs, with a CPU implementation of the same ops."""
+
+from flash_mla._version import __version__
+from flash_mla.extension import is_available, unavailable_reason
+from flash_mla.interface import (
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
+    get_mla_metadata,
+)
+from flash_mla.plan import FlashMLASchedMeta
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "__version__",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_decoding_metadata",
+    "get_mla_metadata",
+    "is_available",
+    "unavailable_reason",
+]

@@ -1,0 +1,17 @@
+"""The names that SGLang and early callers import from `flash_mla.flash_mla_interface`."""
+
+from flash_mla.interface import (
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
+    get_mla_metadata,
+)
+from flash_mla.plan import FlashMLASchedMeta
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_decoding_metadata",
+    "get_mla_metadata",
+]
