@@ -10,42 +10,6 @@
 
 namespace flash_mla::sm90 {
 
-// Yields the KV blocks of all pieces of a CTA in the order in which they are consumed.
-class LoadCursor {
-public:
-    __device__ explicit LoadCursor(DenseDecodeParams const& params) : params_(params), pieces_(params) {
-        if (pieces_.next_with_keys(piece_)) {
-            block_ = piece_.begin_block;
-            fetch_page();
-        } else {
-            exhausted_ = true;
-        }
-    }
-
-    __device__ LoadOrder next() {
-        if (exhausted_) return {0, LoadOrder::kNothing};
-        LoadOrder const order{page_, piece_.head_kv};
-        if (++block_ == piece_.end_block) {
-            exhausted_ = !pieces_.next_with_keys(piece_);
-            block_ = piece_.begin_block;
-        }
-        if (!exhausted_) fetch_page();
-        return order;
-    }
-
-private:
-    // One block ahead of its use, so that nobody waits for the table.
-    __device__ void fetch_page() {
-        page_ = __ldg(params_.block_table + piece_.batch * params_.block_table_stride + block_);
-    }
-
-    DenseDecodeParams const& params_;
-    PieceCursor pieces_;
-    Piece piece_;
-    int block_ = 0, page_ = 0;
-    bool exhausted_ = false;
-};
-
 // Starts the copies of some chunks of a block; one thread calls it.
 template <typename Traits>
 __device__ void load_chunks(DenseDecodeParams const& params, CUtensorMap const& k_map,

@@ -14,7 +14,8 @@ struct OutputMainloop {
     using SharedStorage = typename Traits::SharedStorage;
 
     static constexpr int kNumOutputs = kBlockM * Traits::kHalfColumns / 128;  // per thread
-    using Outputs = float[kNumOutputs];
+    using Outputs = decltype(cute::partition_fragment_C(
+        typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
     CUtensorMap const& k_map;
@@ -27,7 +28,7 @@ struct OutputMainloop {
     __device__ void run() {
         PieceCursor pieces(params);
         Piece piece;
-        while (pieces.next(piece)) run_piece(piece);
+        while (pieces.next(params, piece)) run_piece(piece);
     }
 
 private:
@@ -37,8 +38,7 @@ private:
 
     __device__ void run_piece(Piece const& piece) {
         Outputs outputs;
-#pragma unroll
-        for (int i = 0; i < kNumOutputs; ++i) outputs[i] = 0.f;
+        cute::clear(outputs);
         for (int block = piece.begin_block; block < piece.end_block; ++block) {
             shared.barriers.p_ready[ring.stage].wait(ring.phase);
             if (shared.must_rescale[ring.stage][thread / 32]) rescale(outputs);
@@ -79,14 +79,12 @@ private:
                                        typename Traits::LayoutV{});
         Tensor const r_p = thread_mma.partition_fragment_A(s_p);                       // (MMA, 1, k)
         Tensor const r_v = thread_mma.partition_fragment_B(s_v);                       // (MMA, 1, k)
-        Tensor r_o = make_tensor(make_rmem_ptr(&outputs[0]),
-                                 partition_shape_C(mma, Shape<Int<kBlockM>, Int<Traits::kHalfColumns>>{}));
 
         fence_outputs(outputs);
         warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < size<2>(r_p); ++k) {
-            cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), r_o);
+            cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
         warpgroup_wait<0>();
@@ -94,8 +92,7 @@ private:
     }
 
     __device__ static void fence_outputs(Outputs& outputs) {
-#pragma unroll
-        for (float& output : outputs) cute::warpgroup_fence_operand(output);
+        cute::warpgroup_fence_operand(outputs);
     }
 
     // The columns of V that this warpgroup read are free once its four warps are through; P's place, which is RoPE's,
@@ -122,17 +119,16 @@ private:
     __device__ void store(Piece const& piece, Outputs const& outputs) {
         shared.barriers.stats_full.wait(stats_phase);
         stats_phase ^= 1;
-        float const inverse_sum[kRowsPerThread] = {shared.inverse_sum[fragment_row(thread, 0)],
-                                                   shared.inverse_sum[fragment_row(thread, 1)]};
+        store_half<0>(piece, outputs);
+        store_half<1>(piece, outputs);
         warp_arrive(shared.barriers.stats_empty);
-        store_half<0>(piece, inverse_sum[0], outputs);
-        store_half<1>(piece, inverse_sum[1], outputs);
     }
 
     // One of the two rows of each thread.
     template <int h>
-    __device__ void store_half(Piece const& piece, float inverse_sum, Outputs const& outputs) const {
+    __device__ void store_half(Piece const& piece, Outputs const& outputs) const {
         int const row = fragment_row(thread, h);
+        float const inverse_sum = shared.inverse_sum[row];
         QueryRow const at = query_row(params, piece, row);
         if (piece.is_partial()) {
             if (at.exists) store_partial_row<h>(partial_row(piece, row), inverse_sum, outputs);

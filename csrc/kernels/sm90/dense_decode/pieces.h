@@ -21,25 +21,27 @@ struct Piece {
 // still gives right results.
 class PieceCursor {
 public:
-    __device__ explicit PieceCursor(DenseDecodeParams const& params) : params_(params) {
-        int4 const begin = __ldg(row_words());
+    PieceCursor() = default;
+    __device__ explicit PieceCursor(DenseDecodeParams const& params) {
+        int4 const begin = __ldg(row_words(params));
         batch_ = begin.x;
         tile_ = begin.y;
+        index_ = 0;
     }
 
     // Returns false when there is none left.
-    __device__ bool next(Piece& piece) {
-        WorkerGrid const& grid = params_.grid;
+    __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
+        WorkerGrid const& grid = params.grid;
         int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
         for (;;) {
             // Read again for every piece: it stays in the L1, and registers are dearer.
-            int4 const begin = __ldg(row_words()), end = __ldg(row_words() + 1);
+            int4 const begin = __ldg(row_words(params)), end = __ldg(row_words(params) + 1);
             WorkerRow const row{begin.x, begin.y, begin.z, begin.w, end.x, end.y, end.z, end.w};
-            if (index_ >= row.num_pieces || batch_ >= params_.batch_size) return false;
+            if (index_ >= row.num_pieces || batch_ >= params.batch_size) return false;
 
             bool const continued = index_ == 0 && row.begin_block > 0;
             bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
-            int const seqlen = max(__ldg(params_.cache_seqlens + batch_), 0);
+            int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
             int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
             piece.batch = batch_;
             piece.head_kv = tile_ / grid.lane_groups;
@@ -59,21 +61,19 @@ public:
     }
 
     // The next piece that has keys.
-    __device__ bool next_with_keys(Piece& piece) {
-        while (next(piece)) {
+    __device__ bool next_with_keys(DenseDecodeParams const& params, Piece& piece) {
+        while (next(params, piece)) {
             if (!piece.is_empty()) return true;
         }
         return false;
     }
 
 private:
-    __device__ int4 const* row_words() const {
-        return reinterpret_cast<int4 const*>(params_.metadata + blockIdx.x / params_.grid.num_lanes);
+    __device__ static int4 const* row_words(DenseDecodeParams const& params) {
+        return reinterpret_cast<int4 const*>(params.metadata + blockIdx.x / params.grid.num_lanes);
     }
 
-    DenseDecodeParams const& params_;
-    int batch_, tile_;
-    int index_ = 0;
+    int batch_, tile_, index_;
 };
 
 // A query row of a tile, as a place in q, out and lse.

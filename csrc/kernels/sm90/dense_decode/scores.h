@@ -15,61 +15,66 @@ struct ScoresMainloop {
     using Ring = RingPosition<Traits::kNumStages>;
 
     static constexpr int kNumScores = kBlockM * kPageSize / 128;  // per thread
+    static constexpr int kStepsPerChunk = Traits::kChunkColumns / 16;
 
     DenseDecodeParams const& params;
     CUtensorMap const& k_map;
     SharedStorage& shared;
     int thread;  // in the warpgroup
-    LoadCursor loads{params};
     Ring ring = {};
     uint32_t stats_phase = 0;
+    int next_page = 0;  // of the first thread: see LoadCursor
 
     struct RowLimits {
         int visible[kRowsPerThread];  // keys before this index are seen
         int visible_to_all;           // by every row of the tile
     };
 
-    using Scores = float[kNumScores];
+    using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScores{},
+                                                       cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
 
     __device__ void run() {
-        for (int stage = 0; stage < Traits::kNumStages; ++stage) {
-            LoadOrder const order = loads.next();
-            if (thread == 0 && order.head_kv != LoadOrder::kNothing) {
-                load_chunks<Traits>(params, k_map, shared, stage, order, 0, Traits::kNumChunks);
-            }
-        }
-        PieceCursor pieces(params), pieces_with_q(params);
-        load_next_q(pieces_with_q);
+        if (thread == 0) load_first_blocks();
+        PieceCursor pieces(params);
+        load_next_q(pieces);
         Piece piece;
-        while (pieces.next(piece)) {
+        while (pieces.next(params, piece)) {
             OnlineSoftmax softmax;
-            if (!piece.is_empty()) write_all_probabilities(piece, pieces_with_q, softmax);
+            if (!piece.is_empty()) write_all_probabilities(piece, pieces, softmax);
             write_stats(piece, softmax);
         }
     }
 
 private:
-    __device__ void write_all_probabilities(Piece const& piece, PieceCursor& pieces_with_q, OnlineSoftmax& softmax) {
+    __device__ void load_first_blocks() {
+        next_page = shared.loads.begin(params);
+        for (int stage = 0; stage < Traits::kNumStages; ++stage) {
+            LoadOrder const order = shared.loads.next(params, next_page);
+            if (order.head_kv == LoadOrder::kNothing) return;
+            load_chunks<Traits>(params, k_map, shared, stage, order, 0, Traits::kNumChunks);
+        }
+    }
+
+    __device__ void write_all_probabilities(Piece const& piece, PieceCursor const& pieces, OnlineSoftmax& softmax) {
         RowLimits const limits = row_limits(piece);
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
         if constexpr (Traits::kLookahead) {
-            run_with_lookahead(piece, limits, pieces_with_q, softmax);
+            run_with_lookahead(piece, limits, softmax);
         } else {
             Scores scores;
             for (int block = piece.begin_block; block < piece.end_block; ++block) {
                 issue_scores(scores, ring);
                 finish<0>(scores, block, limits, softmax);
             }
-            sync_warpgroup();
-            load_next_q(pieces_with_q);
         }
+        sync_warpgroup();
+        load_next_q(pieces);
     }
 
     // Two sets of scores alternate: while one is in the tensor cores, the other is in the softmax.
-    __device__ void run_with_lookahead(Piece const& piece, RowLimits const& limits, PieceCursor& pieces_with_q,
-                                       OnlineSoftmax& softmax) {
+    __device__ void run_with_lookahead(Piece const& piece, RowLimits const& limits, OnlineSoftmax& softmax) {
         Scores even, odd;
         int block = piece.begin_block;
         int const last = piece.end_block - 1;
@@ -87,8 +92,6 @@ private:
         } else {
             finish<0>(even, last, limits, softmax);
         }
-        sync_warpgroup();
-        load_next_q(pieces_with_q);
     }
 
     template <int kStillInFlight>
@@ -99,9 +102,9 @@ private:
     }
 
     // Starts the gather of the query rows that come next, if any.
-    __device__ void load_next_q(PieceCursor& pieces_with_q) {
+    __device__ void load_next_q(PieceCursor pieces) {
         Piece piece;
-        if (pieces_with_q.next_with_keys(piece)) load_q<Traits>(params, shared, piece, thread);
+        if (pieces.next_with_keys(params, piece)) load_q<Traits>(params, shared, piece, thread);
     }
 
     __device__ static void sync_warpgroup() {
@@ -109,8 +112,7 @@ private:
     }
 
     __device__ static void fence_scores(Scores& scores) {
-#pragma unroll
-        for (float& score : scores) cute::warpgroup_fence_operand(score);
+        cute::warpgroup_fence_operand(scores);
     }
 
     __device__ RowLimits row_limits(Piece const& piece) const {
@@ -128,24 +130,28 @@ private:
         using namespace cute;
         typename Traits::MmaScores mma;
         auto const thread_mma = mma.get_slice(thread);
-        Tensor const s_q = make_tensor(make_smem_ptr(&shared.q[0][0]), typename Traits::LayoutQ{});
-        Tensor const s_k = make_tensor(make_smem_ptr(&shared.kv[0][0][0]), typename Traits::LayoutK{});
+        Element* q = &shared.q[0][0];
+        Element* k = &shared.kv[at.stage][0][0];
+        asm volatile("" : "+l"(q), "+l"(k));
+        Tensor const s_q = make_tensor(make_smem_ptr(q), typename Traits::LayoutQ{});
+        Tensor const s_k = make_tensor(make_smem_ptr(k), typename Traits::LayoutK{});
         Tensor const r_q = thread_mma.partition_fragment_A(s_q);                       // (MMA, 1, k)
-        Tensor const r_k = thread_mma.partition_fragment_B(s_k);                       // (MMA, 1, k, stage)
-        Tensor r_s = make_tensor(make_rmem_ptr(&scores[0]), partition_shape_C(mma, Shape<Int<kBlockM>, Int<kPageSize>>{}));
+        Tensor const r_k = thread_mma.partition_fragment_B(s_k);                       // (MMA, 1, k)
 
-        mma.accumulate_ = GMMA::ScaleOut::Zero;
-        fence_scores(scores);
-#pragma unroll
-        for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+        auto const issue_chunk = [&](int chunk) {
             shared.barriers.kv_full[at.stage][chunk].wait(at.phase);
             warpgroup_arrive();
 #pragma unroll
-            for (int k = 4 * chunk; k < 4 * chunk + 4; ++k) {
-                cute::gemm(mma, r_q(_, _, k), r_k(_, _, k, at.stage), r_s);
+            for (int k = 0; k < kStepsPerChunk; ++k) {
+                int const step = chunk * kStepsPerChunk + k;
+                cute::gemm(mma, r_q(_, _, step), r_k(_, _, step), scores);
                 mma.accumulate_ = GMMA::ScaleOut::One;
             }
-        }
+        };
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
+        fence_scores(scores);
+#pragma unroll
+        for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) issue_chunk(chunk);
         warpgroup_commit_batch();
         fence_scores(scores);
     }
@@ -169,10 +175,7 @@ private:
             shared.rescale[ring.stage][fragment_row(thread, 1)] = rescale[1];
         }
         if (lane == 0) shared.must_rescale[ring.stage][warp] = must_rescale;
-        if (warp == 0) {
-            LoadOrder const order = loads.next();
-            if (lane == 0) shared.order[ring.stage] = order;
-        }
+        if (thread == 0) shared.order[ring.stage] = shared.loads.next(params, next_page);
 
         // P overwrites RoPE columns that all four warps must have read.
         sync_warpgroup();

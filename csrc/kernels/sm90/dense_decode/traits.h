@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
+#include "kernels/sm90/dense_decode/load_cursor.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "params/dense_decode.h"
 
@@ -13,14 +14,6 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
-
-// Which KV block a freed stage takes next.
-struct LoadOrder {
-    static constexpr int kNothing = -1;
-
-    int page;
-    int head_kv;  // or kNothing
-};
 
 template <typename Element_, bool kLookahead_>
 struct DenseDecodeTraits {
@@ -43,8 +36,7 @@ struct DenseDecodeTraits {
     using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
     using LayoutQ = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-    using LayoutK = decltype(cute::tile_to_shape(
-        KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, cute::Int<kHeadDim>, cute::Int<kNumStages>>{}));
+    using LayoutK = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, cute::Int<kHeadDim>>{}));
     // Half of K's latent chunks, the same bytes, read with the tokens as the reduction: (dim, token)
     using LayoutV = decltype(cute::tile_to_shape(
         MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{},
@@ -76,6 +68,7 @@ struct DenseDecodeTraits {
         float inverse_sum[kBlockM];
         int must_rescale[kNumStages][4];  // per warp of a warpgroup: its 16 rows
         LoadOrder order[kNumStages];
+        LoadCursor loads;
         alignas(8) Barriers barriers;
 
         // P takes the place of the RoPE columns, which are dead once the scores of their block are done.

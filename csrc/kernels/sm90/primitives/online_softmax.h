@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include <cute/tensor.hpp>
+
 #include "kernels/sm90/primitives/fragment.h"
 
 namespace flash_mla::sm90 {
@@ -26,8 +28,9 @@ struct OnlineSoftmax {
 
     // Turns scores into probabilities in place. rescale[h] is what earlier output and sums of row h must be multiplied
     // with; returns whether any lane of the warp has one that is not 1.
-    template <int kNumScores>
-    __device__ bool update(float (&score)[kNumScores], float scale_log2, float (&rescale)[kRowsPerThread]) {
+    template <typename Scores>
+    __device__ bool update(Scores& score, float scale_log2, float (&rescale)[kRowsPerThread]) {
+        constexpr int kNumScores = decltype(cute::size(score))::value;
         bool raised = false;
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
