@@ -40,7 +40,7 @@ __device__ void load_q(DenseDecodeParams const& params, typename Traits::SharedS
     auto const* const q = static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride;
     uint32_t const destination = cute::cast_smem_ptr_to_uint(shared.q);
     for (int row = thread / kPiecesPerChunkRow; row < kBlockM; row += kRowsAtOnce) {
-        QueryRow const at = query_row(params, piece, row);
+        QueryRow const at = query_row(params, piece.place, row);
         Element const* const source =
             q + (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0) +
             column_piece * 8;

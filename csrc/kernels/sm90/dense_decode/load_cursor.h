@@ -28,7 +28,7 @@ public:
     // Takes the page of the block it yields and replaces it by that of the block after.
     __device__ LoadOrder next(DenseDecodeParams const& params, int& page) {
         if (exhausted_) return {0, LoadOrder::kNothing};
-        LoadOrder const order{page, piece_.head_kv};
+        LoadOrder const order{page, piece_.place.head_kv};
         if (++block_ == piece_.end_block) {
             exhausted_ = !pieces_.next_with_keys(params, piece_);
             block_ = piece_.begin_block;

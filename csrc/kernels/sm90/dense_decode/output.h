@@ -129,7 +129,7 @@ private:
     __device__ void store_half(Piece const& piece, Outputs const& outputs) const {
         int const row = fragment_row(thread, h);
         float const inverse_sum = shared.inverse_sum[row];
-        QueryRow const at = query_row(params, piece, row);
+        QueryRow const at = query_row(params, piece.place, row);
         if (piece.is_partial()) {
             if (at.exists) store_partial_row<h>(partial_row(piece, row), inverse_sum, outputs);
         } else {

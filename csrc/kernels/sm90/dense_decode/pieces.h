@@ -1,14 +1,15 @@
 // What one CTA has to do: the pieces of its worker's stretch, as seen from its lane.
 #pragma once
 
-#include "params/dense_decode.h"
+#include "params/query_rows.h"
 
 namespace flash_mla::sm90 {
 
 struct Piece {
     static constexpr int kWholeTile = -1;
 
-    int batch, head_kv, m_tile;
+    int batch;
+    TilePlace place;
     int begin_block, end_block;
     int seqlen;
     int slot;  // of the partial result, or kWholeTile
@@ -44,8 +45,7 @@ public:
             int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
             int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
             piece.batch = batch_;
-            piece.head_kv = tile_ / grid.lane_groups;
-            piece.m_tile = tile_ % grid.lane_groups * grid.num_lanes + lane;
+            piece.place = tile_place(grid, tile_, lane);
             piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
             piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
             piece.seqlen = seqlen;
@@ -56,7 +56,7 @@ public:
                 tile_ = 0;
                 ++batch_;
             }
-            if (piece.m_tile < grid.m_tiles) return true;
+            if (piece.place.m_tile < grid.m_tiles) return true;
         }
     }
 
@@ -75,17 +75,5 @@ private:
 
     int batch_, tile_, index_;
 };
-
-// A query row of a tile, as a place in q, out and lse.
-struct QueryRow {
-    int token, head_q;
-    bool exists;
-};
-__device__ inline QueryRow query_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
-    int const row = piece.m_tile * kBlockM + row_in_tile;
-    int const token = row / params.heads_per_group;
-    int const head_q = piece.head_kv * params.heads_per_group + row - token * params.heads_per_group;
-    return {token, head_q, row < params.rows_per_head_kv};
-}
 
 }  // namespace flash_mla::sm90

@@ -119,7 +119,7 @@ private:
         RowLimits limits;
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
-            int const token = query_row(params, piece, fragment_row(thread, h)).token;
+            int const token = query_row(params, piece.place, fragment_row(thread, h)).token;
             limits.visible[h] = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
         }
         limits.visible_to_all = params.causal ? piece.seqlen - params.seqlen_q + 1 : piece.seqlen;
@@ -206,7 +206,7 @@ private:
             if (thread % 4 != 0) continue;
             int const row = fragment_row(thread, h);
             shared.inverse_sum[row] = total == 0.f ? 0.f : 1.f / total;
-            QueryRow const at = query_row(params, piece, row);
+            QueryRow const at = query_row(params, piece.place, row);
             if (piece.is_partial()) {
                 int const lane = blockIdx.x % params.grid.num_lanes;
                 params.lse_partial[(int64_t(piece.slot) * params.grid.num_lanes + lane) * kBlockM + row] = lse_log2;

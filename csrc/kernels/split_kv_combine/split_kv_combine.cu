@@ -1,0 +1,134 @@
+// One CTA per worker, lane and pair of rows. A worker whose last piece begins a tile that later workers go on with merges
+// that tile; all other CTAs end at once. Pieces are added in the order of the workers, so results repeat bit for bit.
+#include "kernels/split_kv_combine/split_kv_combine.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/arch/grid_dependency_control.h>
+
+#include <cmath>
+
+#include "params/query_rows.h"
+
+namespace flash_mla {
+namespace {
+
+constexpr int kColumnsPerThread = 4;
+constexpr int kThreadsPerRow = kHeadDimV / kColumnsPerThread;
+constexpr int kRowsPerCta = 2;
+constexpr int kWarpSize = 32;
+
+__device__ void store_columns(__nv_bfloat16* target, float4 const& x) {
+    __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+    *reinterpret_cast<uint2*>(target) = reinterpret_cast<uint2 const&>(pairs);
+}
+__device__ void store_columns(__half* target, float4 const& x) {
+    __half2 const pairs[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
+    *reinterpret_cast<uint2*>(target) = reinterpret_cast<uint2 const&>(pairs);
+}
+
+__device__ float warp_max(float x) {
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+__device__ float warp_sum(float x) {
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+// Turns the log2-sum-exp2 of the pieces of one row into their weights, by one warp, and returns that of all of them: -inf
+// for a row that saw no key.
+__device__ float merge_weights(float* lse_to_weight, int num_pieces) {
+    int const lane = threadIdx.x % kWarpSize;
+    float largest = -INFINITY;
+    for (int i = lane; i < num_pieces; i += kWarpSize) largest = fmaxf(largest, lse_to_weight[i]);
+    largest = warp_max(largest);
+    bool const saw_no_key = largest == -INFINITY;
+    float sum = 0.f;
+    for (int i = lane; i < num_pieces; i += kWarpSize) sum += saw_no_key ? 0.f : exp2f(lse_to_weight[i] - largest);
+    sum = warp_sum(sum);
+    float const lse = saw_no_key ? -INFINITY : log2f(sum) + largest;
+    for (int i = lane; i < num_pieces; i += kWarpSize) lse_to_weight[i] = saw_no_key ? 0.f : exp2f(lse_to_weight[i] - lse);
+    return lse;
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
+    split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
+    extern __shared__ float weights[];  // (kRowsPerCta, num_workers)
+    cutlass::arch::wait_on_dependent_grids();
+
+    WorkerGrid const& grid = params.grid;
+    int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
+    WorkerRow const row = params.metadata[worker];
+    bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
+    if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;
+
+    int const row_in_cta = threadIdx.x / kThreadsPerRow;
+    int const row_in_tile = blockIdx.y * kRowsPerCta + row_in_cta;
+    TilePlace const place = tile_place(grid, row.end_tile, lane);
+    QueryRow const at = query_row(params, place, row_in_tile);
+    bool const exists = row_in_tile < kBlockM && at.exists;
+
+    // The first piece is this worker's last, the others are the first ones of the workers that follow.
+    int const num_pieces = row.last_worker - worker + 1;
+    int const first_slot = partial_slot(worker, row.num_pieces == 1);
+    auto const partial_row = [&](int slot) { return (int64_t(slot) * grid.num_lanes + lane) * kBlockM + row_in_tile; };
+    auto const slot_of = [&](int piece) { return piece == 0 ? first_slot : partial_slot(worker + piece, true); };
+
+    float* const weight = weights + row_in_cta * grid.num_workers;
+    int const thread = threadIdx.x % kThreadsPerRow;
+    if (exists && thread < kWarpSize) {
+        for (int piece = thread; piece < num_pieces; piece += kWarpSize) {
+            weight[piece] = params.lse_partial[partial_row(slot_of(piece))];
+        }
+        __syncwarp();
+        float const lse = merge_weights(weight, num_pieces);
+        if (thread == 0) {
+            constexpr float kLn2 = 0.693147180559945309417f;
+            params.lse[(int64_t(row.end_batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token] =
+                lse == -INFINITY ? INFINITY : lse * kLn2;
+        }
+    }
+    __syncthreads();
+    if (!exists) return;
+
+    int const column = thread * kColumnsPerThread;
+    float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+    for (int piece = 0; piece < num_pieces; ++piece) {
+        float4 const part =
+            *reinterpret_cast<float4 const*>(params.out_partial + partial_row(slot_of(piece)) * kHeadDimV + column);
+        float const w = weight[piece];
+        sum.x = fmaf(w, part.x, sum.x);
+        sum.y = fmaf(w, part.y, sum.y);
+        sum.z = fmaf(w, part.z, sum.z);
+        sum.w = fmaf(w, part.w, sum.w);
+    }
+    store_columns(static_cast<Element*>(params.out) + row.end_batch * params.out_batch_stride +
+                      at.token * params.out_token_stride + at.head_q * params.out_head_stride + column,
+                  sum);
+}
+
+}  // namespace
+
+template <typename Element>
+cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, cudaStream_t stream) {
+    int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(params.grid.num_workers * params.grid.num_lanes, ceil_div(rows, kRowsPerCta));
+    config.blockDim = dim3(kRowsPerCta * kThreadsPerRow);
+    config.dynamicSmemBytes = kRowsPerCta * params.grid.num_workers * sizeof(float);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, split_kv_combine_kernel<Element>, params);
+}
+
+template cudaError_t launch_split_kv_combine<__nv_bfloat16>(DenseDecodeParams const&, cudaStream_t);
+template cudaError_t launch_split_kv_combine<__half>(DenseDecodeParams const&, cudaStream_t);
+
+}  // namespace flash_mla
