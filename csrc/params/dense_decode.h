@@ -7,6 +7,8 @@
 
 namespace flash_mla {
 
+enum class ElementType { kBFloat16, kFloat16 };  // of q, k_cache and out
+
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct DenseDecodeParams {
     void const* q;             // (batch_size, seqlen_q, num_heads_q, 576)

@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
 }  // namespace
 
-template <typename Element>
-cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, cudaStream_t stream) {
+cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
     int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -125,10 +124,9 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, cudaStream_
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, split_kv_combine_kernel<Element>, params);
+    auto* const kernel = type == ElementType::kBFloat16 ? split_kv_combine_kernel<__nv_bfloat16>
+                                                        : split_kv_combine_kernel<__half>;
+    return cudaLaunchKernelEx(&config, kernel, params);
 }
-
-template cudaError_t launch_split_kv_combine<__nv_bfloat16>(DenseDecodeParams const&, cudaStream_t);
-template cudaError_t launch_split_kv_combine<__half>(DenseDecodeParams const&, cudaStream_t);
 
 }  // namespace flash_mla

@@ -8,7 +8,6 @@
 namespace flash_mla {
 
 // Follows the decode kernel in the same stream, launched early: it waits for the partial results itself.
-template <typename Element>
-cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, cudaStream_t stream);
+cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream);
 
 }  // namespace flash_mla

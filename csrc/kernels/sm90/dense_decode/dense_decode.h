@@ -6,8 +6,6 @@
 
 namespace flash_mla::sm90 {
 
-enum class ElementType { kBFloat16, kFloat16 };
-
 template <ElementType kElementType>
 cudaError_t launch_dense_decode(DenseDecodeParams const& params, cudaStream_t stream);
 

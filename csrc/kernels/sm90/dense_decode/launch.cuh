@@ -11,15 +11,15 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 cudaError_t encode_k_map(CUtensorMap* map, DenseDecodeParams const& params) {
-    constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
+    constexpr int64_t kElementBytes = sizeof(typename Traits::Element), kRowBytes = kHeadDim * kElementBytes;
     constexpr auto kType = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>
                                ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     std::array<TensorMapAxis, 4> const axes{{
         {uint64_t(kHeadDim), kElementBytes, uint32_t(Traits::kChunkColumns)},
         {uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)},
-        {uint64_t(params.num_heads_kv), params.k_head_stride * kElementBytes, 1},
-        {uint64_t(params.num_blocks), params.k_block_stride * kElementBytes, 1},
+        {uint64_t(params.num_heads_kv), params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1},
+        {uint64_t(params.num_blocks), params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1},
     }};
     return encode_tensor_map<4>(map, kType, params.k_cache, axes);
 }

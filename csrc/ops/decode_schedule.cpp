@@ -1,0 +1,46 @@
+#include "kernels/decode_schedule/decode_schedule.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <limits>
+
+#include "ops/checks.h"
+#include "ops/device.h"
+#include "ops/ops.h"
+
+namespace flash_mla {
+
+std::tuple<Tensor, Tensor> decode_schedule(Tensor const& cache_seqlens, int64_t num_rows_per_head_kv,
+                                           int64_t num_heads_kv) {
+    constexpr int64_t kMaxRows = std::numeric_limits<int>::max() / 2;
+    check_dtype("cache_seqlens", cache_seqlens, at::kInt);
+    check_shape("cache_seqlens", cache_seqlens, "(batch_size,) = ", {-1});
+    check_contiguous("cache_seqlens", cache_seqlens);
+    TORCH_CHECK_VALUE(cache_seqlens.size(0) <= kMaxScheduleBatch, "cache_seqlens must have at most ", kMaxScheduleBatch,
+                      " requests, got ", cache_seqlens.size(0));
+    TORCH_CHECK_VALUE(num_rows_per_head_kv >= 1 && num_rows_per_head_kv <= kMaxRows,
+                      "num_rows_per_head_kv must be positive, got ", num_rows_per_head_kv);
+    TORCH_CHECK_VALUE(num_heads_kv >= 1 && num_heads_kv <= kMaxRows, "num_heads_kv must be positive, got ", num_heads_kv);
+    c10::cuda::CUDAGuard const guard(cache_seqlens.device());
+
+    WorkerGrid const grid =
+        worker_grid(int(num_rows_per_head_kv), int(num_heads_kv), num_sms_of(cache_seqlens.device()));
+    int const batch_size = int(cache_seqlens.size(0));
+    Tensor const metadata = at::empty({grid.num_workers, kWorkerRowInts}, cache_seqlens.options());
+    Tensor const num_splits = at::empty({batch_size + 1}, cache_seqlens.options());
+
+    DecodeScheduleParams params{};
+    params.cache_seqlens = cache_seqlens.const_data_ptr<int>();
+    params.metadata = metadata.mutable_data_ptr<int>();
+    params.num_splits = num_splits.mutable_data_ptr<int>();
+    params.batch_size = batch_size;
+    params.num_workers = grid.num_workers;
+    params.tiles_per_request = grid.tiles_per_request;
+    C10_CUDA_CHECK(launch_decode_schedule(params, c10::cuda::getCurrentCUDAStream(cache_seqlens.device().index())));
+    return {metadata, num_splits};
+}
+
+}  // namespace flash_mla
