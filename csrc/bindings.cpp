@@ -22,7 +22,7 @@ py::dict build_info() {
     info["arch"] = "sm_90a";
     info["cuda"] = cuda_version();
     info["torch"] = TORCH_VERSION;
-    info["cutlass"] = cutlass::getVersionString();
+    info["cutlass"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." + std::to_string(CUTLASS_PATCH);
     info["dtypes"] = py::make_tuple("bfloat16", "float16");
     return info;
 }

@@ -25,8 +25,8 @@ cudaError_t encode_k_map(CUtensorMap* map, DenseDecodeParams const& params) {
 }
 
 // Raises a kernel's shared-memory limit, once per device.
-template <typename Kernel>
-cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
+template <auto* kKernel>
+cudaError_t allow_shared_memory(size_t bytes) {
     constexpr int kMaxDevices = 64;
     static std::once_flag done[kMaxDevices];
     static cudaError_t status[kMaxDevices];
@@ -34,7 +34,7 @@ cudaError_t allow_shared_memory(Kernel* kernel, size_t bytes) {
     if (cudaError_t const error = cudaGetDevice(&device); error != cudaSuccess) return error;
     if (device >= kMaxDevices) return cudaErrorInvalidDevice;
     std::call_once(done[device], [&] {
-        status[device] = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+        status[device] = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     });
     return status[device];
 }
@@ -43,12 +43,11 @@ template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
     CUtensorMap k_map;
     if (cudaError_t const error = encode_k_map<Traits>(&k_map, params); error != cudaSuccess) return error;
-    auto* const kernel = dense_decode_kernel<Traits>;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
-    if (cudaError_t const error = allow_shared_memory(kernel, kSharedBytes); error != cudaSuccess) return error;
+    if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess) return error;
     int const num_ctas = params.grid.num_workers * params.grid.num_lanes;
-    kernel<<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, k_map);
+    dense_decode_kernel<Traits><<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, k_map);
     return cudaGetLastError();
 }
 
