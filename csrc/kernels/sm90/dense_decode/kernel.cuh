@@ -36,6 +36,7 @@
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include "kernels/sm90/dense_decode/output.h"
 #include "kernels/sm90/dense_decode/scores.h"
@@ -44,10 +45,13 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
-    for (int stage = 0; stage < Traits::kNumStages; ++stage) {
-        for (auto& full : barriers.kv_full[stage]) full.init(1);
-        barriers.p_ready[stage].init(4);
-        barriers.p_read_by_low[stage].init(4);
+    for (auto& halves : barriers.latent_full) {
+        for (auto& full : halves) full.init(1);
+    }
+    for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
+        barriers.rope_full[slot].init(1);
+        barriers.p_ready[slot].init(4);
+        barriers.p_read_by_low[slot].init(4);
     }
     barriers.stats_full.init(4);
     barriers.stats_empty.init(8);
@@ -55,12 +59,13 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ CUtensorMap const k_map) {
+    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ KMaps const maps) {
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
     if (threadIdx.x == 0) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&k_map));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
         init_barriers<Traits>(shared.barriers);
         cutlass::arch::fence_barrier_init();
     }
@@ -70,9 +75,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     int const thread = threadIdx.x % 128;
     auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));
     if (role == WarpgroupRole::kScores) {
-        ScoresMainloop<Traits>{params, k_map, shared, thread}.run();
+        cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
+        ScoresMainloop<Traits>{params, shared, thread}.run();
     } else {
-        OutputMainloop<Traits>{params, k_map, shared, role, thread}.run();
+        cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
+        OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
 }
 

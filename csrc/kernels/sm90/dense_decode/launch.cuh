@@ -10,18 +10,23 @@
 namespace flash_mla::sm90 {
 
 template <typename Traits>
-cudaError_t encode_k_map(CUtensorMap* map, DenseDecodeParams const& params) {
+cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     constexpr int64_t kElementBytes = sizeof(typename Traits::Element), kRowBytes = kHeadDim * kElementBytes;
-    constexpr auto kType = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>
-                               ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    std::array<TensorMapAxis, 4> const axes{{
-        {uint64_t(kHeadDim), kElementBytes, uint32_t(Traits::kChunkColumns)},
-        {uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)},
-        {uint64_t(params.num_heads_kv), params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1},
-        {uint64_t(params.num_blocks), params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1},
-    }};
-    return encode_tensor_map<4>(map, kType, params.k_cache, axes);
+    constexpr auto kType = Traits::kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    constexpr uint32_t kColumns = Traits::kChunkColumns;
+    // A stride that is never used must still be a valid one.
+    TensorMapAxis const token{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)};
+    TensorMapAxis const head{uint64_t(params.num_heads_kv),
+                             params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1};
+    TensorMapAxis const page{uint64_t(params.num_blocks),
+                             params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1};
+    TensorMapAxis const chunk_column{kColumns, kElementBytes, kColumns};
+    TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
+    TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
+    cudaError_t const error =
+        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, token, chunk, head, page}});
+    if (error != cudaSuccess) return error;
+    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, token, head, page}});
 }
 
 // Raises a kernel's shared-memory limit, once per device.
@@ -41,13 +46,13 @@ cudaError_t allow_shared_memory(size_t bytes) {
 
 template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
-    CUtensorMap k_map;
-    if (cudaError_t const error = encode_k_map<Traits>(&k_map, params); error != cudaSuccess) return error;
+    KMaps maps;
+    if (cudaError_t const error = encode_k_maps<Traits>(&maps, params); error != cudaSuccess) return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess) return error;
     int const num_ctas = params.grid.num_workers * params.grid.num_lanes;
-    dense_decode_kernel<Traits><<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, k_map);
+    dense_decode_kernel<Traits><<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, maps);
     return cudaGetLastError();
 }
 

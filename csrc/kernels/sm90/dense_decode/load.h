@@ -7,52 +7,94 @@
 
 #include "kernels/sm90/dense_decode/pieces.h"
 #include "kernels/sm90/dense_decode/traits.h"
+#include "kernels/sm90/primitives/fragment.h"
 
 namespace flash_mla::sm90 {
 
-// Starts the copies of some chunks of a block; one thread calls it.
-template <typename Traits>
-__device__ void load_chunks(DenseDecodeParams const& params, CUtensorMap const& k_map,
-                            typename Traits::SharedStorage& shared, int stage, LoadOrder const& order, int first_chunk,
-                            int num_chunks) {
-    // KV that several lanes read should stay in the L2 until the last of them has it.
-    auto const hint = params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
-                                                : cute::TMA::CacheHintSm90::EVICT_FIRST;
-    for (int chunk = first_chunk; chunk < first_chunk + num_chunks; ++chunk) {
-        auto& full = shared.barriers.kv_full[stage][chunk];
-        full.arrive_and_expect_tx(Traits::kChunkBytes);
-        cute::SM90_TMA_LOAD_4D::copy(&k_map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
-                                     shared.kv[stage][chunk], chunk * Traits::kChunkColumns, 0, order.head_kv,
-                                     order.page);
-    }
+// KV that several lanes read should stay in the L2 until the last of them has it.
+__device__ inline uint64_t cache_hint(DenseDecodeParams const& params) {
+    return static_cast<uint64_t>(params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
+                                                           : cute::TMA::CacheHintSm90::EVICT_FIRST);
 }
 
-// Starts the gather of a tile's query rows by one warpgroup. They may be strided in every dimension and a tile may
-// cross tokens, so they come 16 bytes at a time, swizzled as wgmma expects. Rows that do not exist are zero.
+// Starts the copy of one half of a block's latent columns; one thread calls it.
 template <typename Traits>
-__device__ void load_q(DenseDecodeParams const& params, typename Traits::SharedStorage& shared, Piece const& piece,
-                       int thread) {
+__device__ void load_latent(DenseDecodeParams const& params, CUtensorMap const& latent_map,
+                            typename Traits::SharedStorage& shared, int stage, int half, LoadOrder const& order) {
+    auto& full = shared.barriers.latent_full[stage][half];
+    full.arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
+    cute::SM90_TMA_LOAD_5D::copy(&latent_map, reinterpret_cast<uint64_t*>(&full), cache_hint(params),
+                                 shared.latent[stage][half * Traits::kChunksPerHalf], 0, 0,
+                                 half * Traits::kChunksPerHalf, order.head_kv, order.page);
+}
+
+template <typename Traits>
+__device__ void load_rope(DenseDecodeParams const& params, CUtensorMap const& rope_map,
+                          typename Traits::SharedStorage& shared, int slot, LoadOrder const& order) {
+    auto& full = shared.barriers.rope_full[slot];
+    full.arrive_and_expect_tx(Traits::kChunkBytes);
+    cute::SM90_TMA_LOAD_4D::copy(&rope_map, reinterpret_cast<uint64_t*>(&full), cache_hint(params),
+                                 shared.rope_or_p[slot], Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv, order.page);
+}
+
+// Into the L2 only: a block's RoPE columns find room in shared memory later than the others.
+template <typename Traits>
+__device__ void prefetch_rope(CUtensorMap const& rope_map, LoadOrder const& order) {
+    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&rope_map, Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv,
+                                           order.page);
+}
+
+// The first element of a query row; of row 0 where the row does not exist.
+template <typename Element>
+__device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, QueryRow const& at) {
+    return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
+           (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
+}
+
+// Starts the gather of the last chunks of a tile's query rows into shared memory by one warpgroup. Rows may be strided in
+// every dimension and a tile may cross tokens, so they come 16 bytes at a time, swizzled as wgmma expects. Rows that do
+// not exist are zero.
+template <typename Traits>
+__device__ void load_q_shared(DenseDecodeParams const& params, typename Traits::SharedStorage& shared,
+                              Piece const& piece, int thread) {
     constexpr int kPiecesPerChunkRow = 8;  // 16-byte pieces of a row in a chunk
     constexpr int kRowsAtOnce = 128 / kPiecesPerChunkRow;
     using Element = typename Traits::Element;
 
     int const column_piece = thread % kPiecesPerChunkRow;
-    auto const* const q = static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride;
     uint32_t const destination = cute::cast_smem_ptr_to_uint(shared.q);
+#pragma unroll 1
     for (int row = thread / kPiecesPerChunkRow; row < kBlockM; row += kRowsAtOnce) {
         QueryRow const at = query_row(params, piece.place, row);
-        Element const* const source =
-            q + (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0) +
-            column_piece * 8;
+        Element const* const source = q_row<Element>(params, piece, at) +
+                                      Traits::kQRegisterChunks * Traits::kChunkColumns + column_piece * 8;
         uint32_t const target = destination + row * 128 + ((column_piece ^ (row % 8)) * 16);
 #pragma unroll
-        for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+        for (int chunk = 0; chunk < Traits::kQSharedChunks; ++chunk) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target + chunk * Traits::kChunkBytes),
                          "l"(source + chunk * Traits::kChunkColumns), "r"(at.exists ? 16 : 0)
                          : "memory");
         }
     }
     cute::cp_async_fence();
+}
+
+// The other chunks, as the A operand of wgmma: word 4·step + 2·c + h is the pair of columns 16·step + 8·c + 2·(t % 4) of
+// the thread's row h.
+template <typename Traits>
+__device__ void load_q_registers(DenseDecodeParams const& params, Piece const& piece, int thread,
+                                 uint32_t (&word)[Traits::kQRegisterChunks * Traits::kStepsPerChunk * 4]) {
+    using Element = typename Traits::Element;
+#pragma unroll
+    for (int h = 0; h < kRowsPerThread; ++h) {
+        QueryRow const at = query_row(params, piece.place, fragment_row(thread, h));
+        auto const* const row =
+            reinterpret_cast<uint32_t const*>(q_row<Element>(params, piece, at) + fragment_column(thread, 0));
+#pragma unroll
+        for (int i = 0; i < Traits::kQRegisterChunks * Traits::kStepsPerChunk * 2; ++i) {
+            word[2 * i + h] = at.exists ? __ldg(row + 4 * i) : 0;
+        }
+    }
 }
 
 }  // namespace flash_mla::sm90

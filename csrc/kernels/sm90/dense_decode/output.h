@@ -18,14 +18,15 @@ struct OutputMainloop {
         typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
-    CUtensorMap const& k_map;
+    KMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
     int thread;  // in the warpgroup
-    RingPosition<Traits::kNumStages> ring = {};
+    BlockPosition<Traits> at = {};
     uint32_t stats_phase = 0;
 
     __device__ void run() {
+        if (thread == 0) load_first_blocks();
         PieceCursor pieces(params);
         Piece piece;
         while (pieces.next(params, piece)) run_piece(piece);
@@ -40,20 +41,20 @@ private:
         Outputs outputs;
         cute::clear(outputs);
         for (int block = piece.begin_block; block < piece.end_block; ++block) {
-            shared.barriers.p_ready[ring.stage].wait(ring.phase);
-            if (shared.must_rescale[ring.stage][thread / 32]) rescale(outputs);
+            shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
+            if (shared.must_rescale[at.slot()][thread / 32]) rescale(outputs);
             int const num_keys = piece.seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             multiply(outputs);
-            refill_stage();
-            ring.advance();
+            refill();
+            at.advance();
         }
         store(piece, outputs);
     }
 
     __device__ void rescale(Outputs& outputs) {
-        float const factor[kRowsPerThread] = {shared.rescale[ring.stage][fragment_row(thread, 0)],
-                                              shared.rescale[ring.stage][fragment_row(thread, 1)]};
+        float const factor[kRowsPerThread] = {shared.rescale[at.slot()][fragment_row(thread, 0)],
+                                              shared.rescale[at.slot()][fragment_row(thread, 1)]};
 #pragma unroll
         for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
     }
@@ -63,7 +64,7 @@ private:
 #pragma unroll
         for (int chunk = 0; chunk < Traits::kChunksPerHalf; ++chunk) {
             auto* const words =
-                reinterpret_cast<uint4*>(shared.kv[ring.stage][first_chunk() + chunk]);
+                reinterpret_cast<uint4*>(shared.latent[at.stage()][first_chunk() + chunk]);
             for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
         }
         cutlass::arch::fence_view_async_shared();
@@ -74,8 +75,9 @@ private:
         using namespace cute;
         typename Traits::MmaOutput mma;
         auto const thread_mma = mma.get_slice(thread);
-        Tensor const s_p = make_tensor(make_smem_ptr(shared.p(ring.stage)), typename Traits::LayoutP{});
-        Tensor const s_v = make_tensor(make_smem_ptr(&shared.kv[ring.stage][first_chunk()][0]),
+        Tensor const s_p = make_tensor(make_smem_ptr(shared.rope_or_p[at.slot()]),
+                                       typename Traits::template LayoutRows<kPageSize>{});
+        Tensor const s_v = make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]),
                                        typename Traits::LayoutV{});
         Tensor const r_p = thread_mma.partition_fragment_A(s_p);                       // (MMA, 1, k)
         Tensor const r_v = thread_mma.partition_fragment_B(s_v);                       // (MMA, 1, k)
@@ -87,6 +89,7 @@ private:
             cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
+        if (thread == 0) order_of(Traits::kNumStages) = shared.loads[half()].next(params);
         warpgroup_wait<0>();
         fence_outputs(outputs);
     }
@@ -95,24 +98,43 @@ private:
         cute::warpgroup_fence_operand(outputs);
     }
 
+    // What the block `ahead` blocks later is.
+    __device__ LoadOrder& order_of(int ahead) { return shared.order[half()][at.order(ahead)]; }
+
+    __device__ void load_first_blocks() {
+        shared.loads[half()].begin(params);
+#pragma unroll 1
+        for (int i = 0; i < Traits::kNumStages; ++i) {
+            LoadOrder const order = shared.loads[half()].next(params);
+            order_of(i) = order;
+            if (order.head_kv == LoadOrder::kNothing) continue;
+            load_latent<Traits>(params, maps.latent, shared, i, half(), order);
+            if (role == WarpgroupRole::kOutputHigh && i < Traits::kNumSlots) {
+                load_rope<Traits>(params, maps.rope, shared, i, order);
+            }
+        }
+    }
+
     // The columns of V that this warpgroup read are free once its four warps are through; P's place, which is RoPE's,
     // once the other warpgroup is through as well.
-    __device__ void refill_stage() {
-        if (role == WarpgroupRole::kOutputLow) warp_arrive(shared.barriers.p_read_by_low[ring.stage]);
+    __device__ void refill() {
+        if (role == WarpgroupRole::kOutputLow) warp_arrive(shared.barriers.p_read_by_low[at.slot()]);
         if (thread < 32) {
-            LoadOrder const order = shared.order[ring.stage];
             cutlass::arch::NamedBarrier::sync(128, barrier());
-            if (thread == 0 && order.head_kv != LoadOrder::kNothing) start_copies(order);
+            if (thread == 0) start_copies(order_of(Traits::kNumStages), order_of(Traits::kNumSlots));
         } else {
             cutlass::arch::NamedBarrier::arrive(128, barrier());
         }
     }
 
-    __device__ void start_copies(LoadOrder const& order) {
-        load_chunks<Traits>(params, k_map, shared, ring.stage, order, first_chunk(), Traits::kChunksPerHalf);
-        if (role == WarpgroupRole::kOutputHigh) {
-            shared.barriers.p_read_by_low[ring.stage].wait(ring.phase);
-            load_chunks<Traits>(params, k_map, shared, ring.stage, order, Traits::kRopeChunk, 1);
+    __device__ void start_copies(LoadOrder const& latent, LoadOrder const& rope) {
+        if (latent.head_kv != LoadOrder::kNothing) {
+            load_latent<Traits>(params, maps.latent, shared, at.stage(), half(), latent);
+            if (role == WarpgroupRole::kOutputHigh) prefetch_rope<Traits>(maps.rope, latent);
+        }
+        if (role == WarpgroupRole::kOutputHigh && rope.head_kv != LoadOrder::kNothing) {
+            shared.barriers.p_read_by_low[at.slot()].wait(at.slot_phase());
+            load_rope<Traits>(params, maps.rope, shared, at.slot(), rope);
         }
     }
 

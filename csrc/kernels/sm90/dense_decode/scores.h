@@ -12,29 +12,25 @@ template <typename Traits>
 struct ScoresMainloop {
     using Element = typename Traits::Element;
     using SharedStorage = typename Traits::SharedStorage;
-    using Ring = RingPosition<Traits::kNumStages>;
 
-    static constexpr int kNumScores = kBlockM * kPageSize / 128;  // per thread
-    static constexpr int kStepsPerChunk = Traits::kChunkColumns / 16;
+    using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScoresSharedQ{},
+                                                       cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
+    static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;  // per thread
+    static constexpr int kRegisterSteps = Traits::kQRegisterChunks * Traits::kStepsPerChunk;
 
     DenseDecodeParams const& params;
-    CUtensorMap const& k_map;
     SharedStorage& shared;
     int thread;  // in the warpgroup
-    Ring ring = {};
+    BlockPosition<Traits> at = {};
     uint32_t stats_phase = 0;
-    int next_page = 0;  // of the first thread: see LoadCursor
+    uint32_t q_word[kRegisterSteps * 4] = {};
 
     struct RowLimits {
         int visible[kRowsPerThread];  // keys before this index are seen
         int visible_to_all;           // by every row of the tile
     };
 
-    using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScores{},
-                                                       cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
-
     __device__ void run() {
-        if (thread == 0) load_first_blocks();
         PieceCursor pieces(params);
         load_next_q(pieces);
         Piece piece;
@@ -46,73 +42,41 @@ struct ScoresMainloop {
     }
 
 private:
-    __device__ void load_first_blocks() {
-        next_page = shared.loads.begin(params);
-        for (int stage = 0; stage < Traits::kNumStages; ++stage) {
-            LoadOrder const order = shared.loads.next(params, next_page);
-            if (order.head_kv == LoadOrder::kNothing) return;
-            load_chunks<Traits>(params, k_map, shared, stage, order, 0, Traits::kNumChunks);
-        }
-    }
-
     __device__ void write_all_probabilities(Piece const& piece, PieceCursor const& pieces, OnlineSoftmax& softmax) {
         RowLimits const limits = row_limits(piece);
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
-        if constexpr (Traits::kLookahead) {
-            run_with_lookahead(piece, limits, softmax);
-        } else {
-            Scores scores;
-            for (int block = piece.begin_block; block < piece.end_block; ++block) {
-                issue_scores(scores, ring);
-                finish<0>(scores, block, limits, softmax);
-            }
-        }
-        sync_warpgroup();
-        load_next_q(pieces);
-    }
-
-    // Two sets of scores alternate: while one is in the tensor cores, the other is in the softmax.
-    __device__ void run_with_lookahead(Piece const& piece, RowLimits const& limits, OnlineSoftmax& softmax) {
-        Scores even, odd;
-        int block = piece.begin_block;
         int const last = piece.end_block - 1;
-        issue_scores(even, ring);
-        for (; block + 2 <= last; block += 2) {
-            issue_scores(odd, ring.next());
-            finish<1>(even, block, limits, softmax);
-            issue_scores(even, ring.next());
-            finish<1>(odd, block + 1, limits, softmax);
+#pragma unroll 1
+        for (int block = piece.begin_block; block <= last; ++block) {
+            Scores scores;
+            issue_scores(scores);
+            if constexpr (Traits::kTensorBound) {
+                cute::warpgroup_wait<1>();
+                if (block > piece.begin_block) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+            }
+            cute::warpgroup_wait<0>();
+            cute::warpgroup_fence_operand(scores);
+            // P overwrites RoPE columns, and the next query rows these, which all four warps must have read.
+            sync_warpgroup();
+            if (block == last) load_next_q(pieces);
+            write_probabilities(scores, block, limits, softmax);
+            if (!Traits::kTensorBound || block == last) warp_arrive(shared.barriers.p_ready[at.slot()]);
+            at.advance();
         }
-        if (block < last) {
-            issue_scores(odd, ring.next());
-            finish<1>(even, block, limits, softmax);
-            finish<0>(odd, last, limits, softmax);
-        } else {
-            finish<0>(even, last, limits, softmax);
-        }
-    }
-
-    template <int kStillInFlight>
-    __device__ void finish(Scores& scores, int block, RowLimits const& limits, OnlineSoftmax& softmax) {
-        cute::warpgroup_wait<kStillInFlight>();
-        fence_scores(scores);
-        write_probabilities(scores, block, limits, softmax);
     }
 
     // Starts the gather of the query rows that come next, if any.
     __device__ void load_next_q(PieceCursor pieces) {
         Piece piece;
-        if (pieces.next_with_keys(params, piece)) load_q<Traits>(params, shared, piece, thread);
+        if (!pieces.next_with_keys(params, piece)) return;
+        load_q_shared<Traits>(params, shared, piece, thread);
+        load_q_registers<Traits>(params, piece, thread, q_word);
     }
 
     __device__ static void sync_warpgroup() {
         cutlass::arch::NamedBarrier::sync(128, warpgroup_barrier(WarpgroupRole::kScores));
-    }
-
-    __device__ static void fence_scores(Scores& scores) {
-        cute::warpgroup_fence_operand(scores);
     }
 
     __device__ RowLimits row_limits(Piece const& piece) const {
@@ -126,37 +90,60 @@ private:
         return limits;
     }
 
-    __device__ void issue_scores(Scores& scores, Ring const& at) {
+    // Two groups: the second is the last two chunks, so that a wait for the first ends shortly before all is done.
+    __device__ void issue_scores(Scores& scores) {
         using namespace cute;
-        typename Traits::MmaScores mma;
-        auto const thread_mma = mma.get_slice(thread);
+        Element* latent = &shared.latent[at.stage()][0][0];
+        Element* rope = &shared.rope_or_p[at.slot()][0];
         Element* q = &shared.q[0][0];
-        Element* k = &shared.kv[at.stage][0][0];
-        asm volatile("" : "+l"(q), "+l"(k));
-        Tensor const s_q = make_tensor(make_smem_ptr(q), typename Traits::LayoutQ{});
-        Tensor const s_k = make_tensor(make_smem_ptr(k), typename Traits::LayoutK{});
-        Tensor const r_q = thread_mma.partition_fragment_A(s_q);                       // (MMA, 1, k)
-        Tensor const r_k = thread_mma.partition_fragment_B(s_k);                       // (MMA, 1, k)
+        // Without this the descriptors of all steps are kept in registers across blocks.
+        asm volatile("" : "+l"(latent), "+l"(rope), "+l"(q));
 
-        auto const issue_chunk = [&](int chunk) {
-            shared.barriers.kv_full[at.stage][chunk].wait(at.phase);
-            warpgroup_arrive();
+        typename Traits::MmaScoresRegisterQ mma_registers;
+        typename Traits::MmaScoresSharedQ mma_shared;
+        auto const thread_mma = mma_shared.get_slice(thread);
+        Tensor const s_q = make_tensor(make_smem_ptr(q), typename Traits::template LayoutRows<Traits::kQSharedChunks * Traits::kChunkColumns>{});
+        Tensor const s_latent = make_tensor(make_smem_ptr(latent), typename Traits::template LayoutRows<kHeadDimV>{});
+        Tensor const s_rope = make_tensor(make_smem_ptr(rope), typename Traits::template LayoutRows<Traits::kChunkColumns>{});
+        Tensor const r_q = make_tensor(make_rmem_ptr(reinterpret_cast<Element*>(q_word)),
+                                       Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>,
+                                              Stride<Stride<_1, _2, _4>, _0, _8>>{});
+        Tensor const r_q_shared = thread_mma.partition_fragment_A(s_q);     // (MMA, 1, k)
+        Tensor const r_latent = thread_mma.partition_fragment_B(s_latent);  // (MMA, 1, k)
+        Tensor const r_rope = thread_mma.partition_fragment_B(s_rope);      // (MMA, 1, k)
+
+        mma_registers.accumulate_ = GMMA::ScaleOut::Zero;
+        warpgroup_fence_operand(scores);
+        shared.barriers.latent_full[at.stage()][0].wait(at.stage_phase());
+        warpgroup_arrive();
 #pragma unroll
-            for (int k = 0; k < kStepsPerChunk; ++k) {
-                int const step = chunk * kStepsPerChunk + k;
-                cute::gemm(mma, r_q(_, _, step), r_k(_, _, step), scores);
-                mma.accumulate_ = GMMA::ScaleOut::One;
-            }
-        };
-        mma.accumulate_ = GMMA::ScaleOut::Zero;
-        fence_scores(scores);
+        for (int step = 0; step < kStepsPerHalf; ++step) {
+            cute::gemm(mma_registers, r_q(_, _, step), r_latent(_, _, step), scores);
+            mma_registers.accumulate_ = GMMA::ScaleOut::One;
+        }
+        shared.barriers.latent_full[at.stage()][1].wait(at.stage_phase());
+        warpgroup_arrive();
 #pragma unroll
-        for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) issue_chunk(chunk);
+        for (int step = kStepsPerHalf; step < kRegisterSteps; ++step) {
+            cute::gemm(mma_registers, r_q(_, _, step), r_latent(_, _, step), scores);
+        }
         warpgroup_commit_batch();
-        fence_scores(scores);
+#pragma unroll
+        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
+            cute::gemm(mma_shared, r_q_shared(_, _, step), r_latent(_, _, kRegisterSteps + step), scores);
+        }
+        shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
+        warpgroup_arrive();
+#pragma unroll
+        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
+            cute::gemm(mma_shared, r_q_shared(_, _, Traits::kStepsPerChunk + step), r_rope(_, _, step), scores);
+        }
+        warpgroup_commit_batch();
+        warpgroup_fence_operand(scores);
     }
+    static constexpr int kStepsPerHalf = Traits::kChunksPerHalf * Traits::kStepsPerChunk;
 
-    // Consumes the scores of `block`, whose stage is the ring's current one, and moves on to the next.
+    // Turns the scores of `block` into P, which the output warpgroups see once p_ready is signalled.
     __device__ void write_probabilities(Scores& scores, int block, RowLimits const& limits, OnlineSoftmax& softmax) {
         int const first_key = block * kPageSize;
         if (first_key + kPageSize > limits.visible_to_all) {
@@ -169,18 +156,15 @@ private:
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.update(scores, params.softmax_scale_log2, rescale);
 
-        int const warp = thread / 32, lane = thread % 32;
+        int const warp = thread / 32, lane = thread % 32, slot = at.slot();
         if (must_rescale && lane % 4 == 0) {
-            shared.rescale[ring.stage][fragment_row(thread, 0)] = rescale[0];
-            shared.rescale[ring.stage][fragment_row(thread, 1)] = rescale[1];
+            shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
+            shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
         }
-        if (lane == 0) shared.must_rescale[ring.stage][warp] = must_rescale;
-        if (thread == 0) shared.order[ring.stage] = shared.loads.next(params, next_page);
+        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
 
-        // P overwrites RoPE columns that all four warps must have read.
-        sync_warpgroup();
         int const row = 16 * warp + lane % 16;
-        uint32_t const row_address = cute::cast_smem_ptr_to_uint(shared.p(ring.stage)) + row * 128;
+        uint32_t const row_address = cute::cast_smem_ptr_to_uint(shared.rope_or_p[slot]) + row * 128;
 #pragma unroll
         for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
             uint32_t word[4];
@@ -191,8 +175,6 @@ private:
             store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
         }
         cutlass::arch::fence_view_async_shared();
-        warp_arrive(shared.barriers.p_ready[ring.stage]);
-        ring.advance();
     }
 
     // Row statistics: 1 / sum for the output warpgroups, log-sum-exp to global memory.

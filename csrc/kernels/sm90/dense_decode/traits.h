@@ -1,6 +1,7 @@
 // Types, shared memory and roles of the dense decode kernel; kernel.cuh opens with how they work together.
 #pragma once
 
+#include <cuda.h>
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
@@ -15,65 +16,98 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
 
-template <typename Element_, bool kLookahead_>
+// The cache, as the copy engine sees it: (column, token, chunk, kv head, page) and (column, token, kv head, page).
+struct KMaps {
+    CUtensorMap latent, rope;
+};
+
+template <typename Element_, bool kTensorBound_>
 struct DenseDecodeTraits {
     using Element = Element_;
-    // Whether Q·Kᵀ of the next block is issued before the softmax of this one. It keeps the tensor cores busy where they
-    // are the limit; where memory is, it would hold a block back until the next one has arrived.
-    static constexpr bool kLookahead = kLookahead_;
+    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are done, so that
+    // they run under its softmax. Where memory is the limit, that would hold a block back until the next has arrived.
+    static constexpr bool kTensorBound = kTensorBound_;
 
-    static constexpr int kNumThreads = 3 * 128;  // 168 registers each
+    static constexpr int kNumThreads = 3 * 128;
+    static constexpr int kScoresRegisters = 184;  // together 3 × 168, what a CTA starts with
+    static constexpr int kOutputRegisters = 160;
 
-    static constexpr int kNumStages = 2;
-    static constexpr int kChunkColumns = 64;                      // 128 bytes: one swizzle span, one tensor copy
-    static constexpr int kNumChunks = kHeadDim / kChunkColumns;   // 9; the last is RoPE
-    static constexpr int kChunksPerHalf = kHeadDimV / kChunkColumns / 2;
-    static constexpr int kRopeChunk = kNumChunks - 1;
+    static constexpr int kNumStages = 3;                         // of latent columns
+    static constexpr int kNumSlots = 2;                          // of RoPE columns, then of P
+    static constexpr int kNumOrders = 4;
+    static constexpr int kChunkColumns = 64;                     // 128 bytes: one swizzle span
+    static constexpr int kNumChunks = kHeadDim / kChunkColumns;  // 9; the last is RoPE
+    static constexpr int kLatentChunks = kNumChunks - 1;
+    static constexpr int kChunksPerHalf = kLatentChunks / 2;
     static constexpr int kHalfColumns = kHeadDimV / 2;
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
+    static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
+
+    // Q: the first chunks live in registers of the scores warpgroup, the others in shared memory.
+    static constexpr int kQRegisterChunks = 7;
+    static constexpr int kQSharedChunks = kNumChunks - kQRegisterChunks;
 
     using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
-    using LayoutQ = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-    using LayoutK = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, cute::Int<kHeadDim>>{}));
-    // Half of K's latent chunks, the same bytes, read with the tokens as the reduction: (dim, token)
+    template <int kColumns>
+    using LayoutRows = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<64>, cute::Int<kColumns>>{}));
+    // Half of the latent columns, read with the tokens as the reduction: (dim, token)
     using LayoutV = decltype(cute::tile_to_shape(
         MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{},
         cute::Step<cute::_2, cute::_1>{}));
-    using LayoutP = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
 
-    using AtomScores = std::conditional_t<
-        std::is_same_v<Element, cutlass::bfloat16_t>,
-        cute::SM90_64x64x16_F32BF16BF16_SS<cute::GMMA::Major::K, cute::GMMA::Major::K>,
-        cute::SM90_64x64x16_F32F16F16_SS<cute::GMMA::Major::K, cute::GMMA::Major::K>>;
-    using AtomOutput = std::conditional_t<
-        std::is_same_v<Element, cutlass::bfloat16_t>,
-        cute::SM90_64x256x16_F32BF16BF16_SS<cute::GMMA::Major::K, cute::GMMA::Major::MN>,
-        cute::SM90_64x256x16_F32F16F16_SS<cute::GMMA::Major::K, cute::GMMA::Major::MN>>;
-    using MmaScores = decltype(cute::make_tiled_mma(AtomScores{}));
-    using MmaOutput = decltype(cute::make_tiled_mma(AtomOutput{}));
+    static constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
+    static constexpr auto kK = cute::GMMA::Major::K;
+    static constexpr auto kMN = cute::GMMA::Major::MN;
+    using MmaScoresRegisterQ = decltype(cute::make_tiled_mma(
+        std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_RS<kK, kK>,
+                           cute::SM90_64x64x16_F32F16F16_RS<kK, kK>>{}));
+    using MmaScoresSharedQ = decltype(cute::make_tiled_mma(
+        std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_SS<kK, kK>,
+                           cute::SM90_64x64x16_F32F16F16_SS<kK, kK>>{}));
+    using MmaOutput = decltype(cute::make_tiled_mma(
+        std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
+                           cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
 
     struct Barriers {
-        TransactionBarrier kv_full[kNumStages][kNumChunks];
-        Barrier p_ready[kNumStages];
-        Barrier p_read_by_low[kNumStages];
+        TransactionBarrier latent_full[kNumStages][2];  // per half
+        TransactionBarrier rope_full[kNumSlots];
+        Barrier p_ready[kNumSlots];
+        Barrier p_read_by_low[kNumSlots];
         Barrier stats_full, stats_empty;
     };
 
     struct SharedStorage {
-        alignas(1024) Element q[kNumChunks][kChunkElements];
-        alignas(1024) Element kv[kNumStages][kNumChunks][kChunkElements];
-        float rescale[kNumStages][kBlockM];
+        alignas(1024) Element q[kQSharedChunks][kChunkElements];
+        alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
+        // RoPE columns of K; once the scores of their block are done, P takes their place.
+        alignas(1024) Element rope_or_p[kNumSlots][kChunkElements];
+        float rescale[kNumSlots][kBlockM];
         float inverse_sum[kBlockM];
-        int must_rescale[kNumStages][4];  // per warp of a warpgroup: its 16 rows
-        LoadOrder order[kNumStages];
-        LoadCursor loads;
+        int must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
+        LoadCursor loads[2];                // per output warpgroup
+        LoadOrder order[2][kNumOrders];
         alignas(8) Barriers barriers;
-
-        // P takes the place of the RoPE columns, which are dead once the scores of their block are done.
-        __device__ Element* p(int stage) { return kv[stage][kRopeChunk]; }
     };
+};
+
+// Where a KV block is: blocks of a CTA are counted through, across pieces.
+template <typename Traits>
+struct BlockPosition {
+    int count = 0;
+    RingPosition<Traits::kNumStages> latent = {};
+
+    __device__ int stage() const { return latent.stage; }
+    __device__ uint32_t stage_phase() const { return latent.phase; }
+    __device__ int slot() const { return count % Traits::kNumSlots; }
+    __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
+    // Of the block `ahead` blocks later.
+    __device__ int order(int ahead) const { return (count + ahead) % Traits::kNumOrders; }
+    __device__ void advance() {
+        ++count;
+        latent.advance();
+    }
 };
 
 }  // namespace flash_mla::sm90
