@@ -57,12 +57,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(REQUIREMENTS): pyproject.toml build_tools/requirements.py build_tools/toolchain.py | $(BIN)/python
-	@echo "Installing torch, the build requirements and the tools into $(VENV)"
+	@echo "Installing torch, the build requirements and the tools into $(VENV) (about 3 GB to download the first time)"
 	@$(BIN)/python -m build_tools.requirements --extra test --extra lint > $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement $@
 
 # The kernels are compiled in place, one object per source file, and recompiled only where a file they include has changed.
 $(BUILT): $(REQUIREMENTS) $(BUILD_SOURCES)
+	@echo "Building flash_mla in place"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/built-*

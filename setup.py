@@ -1,7 +1,7 @@
 """Builds flash_mla, with its CUDA kernels wherever a toolchain for them is found (build_tools/toolchain.py).
 
-FLASH_MLA_CUDA=0 leaves the kernels out, FLASH_MLA_CUDA=1 makes a missing toolchain an error, otherwise the package installs
-without kernels and says why. MAX_JOBS bounds the parallel compilations. Everything else is in pyproject.toml.
+FLASH_MLA_CUDA=0 leaves the kernels out, FLASH_MLA_CUDA=1 makes a missing toolchain an error, otherwise the package
+installs without kernels and says why. MAX_JOBS bounds the parallel compilations. Everything else is in pyproject.toml.
 """
 
 import functools
@@ -19,23 +19,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_tools.toolchain import ARCH, BuildPlan, ToolchainError, default_max_jobs, find_ninja, plan_build  # noqa: E402
-
-CXX_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-fvisibility=hidden"]
-NVCC_FLAGS = [
-    f"-gencode=arch=compute_{ARCH.removeprefix('sm_')},code={ARCH}",
-    "-O3",
-    "-std=c++17",
-    "-DNDEBUG",
-    "--expt-relaxed-constexpr",
-    "-lineinfo",
-    "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
-    # torch forbids the operators of half types in extensions; CUTLASS uses them.
-    "-U__CUDA_NO_HALF_OPERATORS__",
-    "-U__CUDA_NO_HALF_CONVERSIONS__",
-    "-U__CUDA_NO_HALF2_OPERATORS__",
-    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
-]
+from build_tools.flags import CXX_FLAGS, NVCC_FLAGS  # noqa: E402
+from build_tools.toolchain import BuildPlan, ToolchainError, default_max_jobs, find_ninja, plan_build  # noqa: E402
 
 
 def kernel_extension(plan: BuildPlan) -> Extension:
@@ -59,8 +44,10 @@ def prepare_environment(plan: BuildPlan) -> None:
     """Tell torch's build which CUDA to use, where ninja is, how many jobs to run, and to check what ptxas reports."""
     os.environ["CUDA_HOME"] = str(plan.cuda.home)
     os.environ.setdefault("MAX_JOBS", str(default_max_jobs()))
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(find_ninja().parent)])
-    checked_nvcc = [sys.executable, str(ROOT / "build_tools" / "checked_nvcc.py"), str(plan.cuda.nvcc)]
+    os.environ["PATH"] = os.pathsep.join([str(find_ninja().parent), os.environ["PATH"]])
+    # python and python3 of an environment are one file. Ninja compares commands, and would compile again for the other.
+    python = Path(sys.executable).resolve()
+    checked_nvcc = [str(python), str(ROOT / "build_tools" / "checked_nvcc.py"), str(plan.cuda.nvcc)]
     os.environ["PYTORCH_NVCC"] = shlex.join(checked_nvcc)
 
 

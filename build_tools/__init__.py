@@ -1,1 +1,1 @@
-"""What setup.py, the Makefile and pip need to find a CUDA toolchain. Not installed with the package."""
+"""What setup.py and the Makefile need to find a CUDA toolchain. Not installed with the package."""

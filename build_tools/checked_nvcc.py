@@ -2,11 +2,16 @@
 
     python checked_nvcc.py nvcc -Xptxas=-v,-warn-spills,-warn-lmem-usage ... -o kernel.o
 
-These are spills and other uses of local memory, and the warnings C75xx: matrix instructions serialized, setmaxnreg ignored.
+These are spills and other uses of local memory, and the warnings C75xx: matrix instructions serialized, setmaxnreg
+ignored.
+
+FLASH_MLA_ALLOW_SPILLS=1 in the environment turns the refusal into a warning, for experiments. The object then stays,
+also for later builds without the variable (`make clean` removes it), and tests/test_build.py still refuses it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -31,10 +36,7 @@ def find_problems(lines: list[str]) -> list[str]:
 
 
 def output_file(command: list[str]) -> Path | None:
-    for option, value in zip(command, command[1:], strict=False):
-        if option == "-o":
-            return Path(value)
-    return None
+    return Path(command[command.index("-o") + 1]) if "-o" in command[:-1] else None
 
 
 def main(command: list[str]) -> int:
@@ -49,6 +51,14 @@ def main(command: list[str]) -> int:
     problems = find_problems(lines)
     if process.returncode != 0 or not problems:
         return process.returncode
+    if os.environ.get("FLASH_MLA_ALLOW_SPILLS") == "1":
+        print(
+            "warning: allowed by FLASH_MLA_ALLOW_SPILLS=1 despite what ptxas reports:",
+            *problems,
+            sep="\n  ",
+            flush=True,
+        )
+        return 0
     # An object that stayed would pass for up to date in the next build.
     if output := output_file(command):
         output.unlink(missing_ok=True)

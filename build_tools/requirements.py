@@ -2,7 +2,7 @@
 
     python -m build_tools.requirements --extra test > requirements.txt
 
-The lists are those of pyproject.toml; the CUDA compiler's wheels are added where there is no toolkit.
+The lists are those of pyproject.toml; the CUDA compiler's wheels are left out where there is a toolkit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from build_tools.toolchain import missing_nvcc_requirements
+from build_tools.toolchain import PYPI_NVCC_PACKAGES, needs_pypi_nvcc
 
 try:
     import tomllib
@@ -23,9 +23,11 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 def requirements(extras: list[str]) -> list[str]:
     pyproject = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
     listed = list(pyproject["build-system"]["requires"])
+    if not needs_pypi_nvcc():
+        listed = [each for each in listed if not each.startswith(PYPI_NVCC_PACKAGES)]
     for extra in extras:
         listed += pyproject["project"]["optional-dependencies"][extra]
-    return [*listed, *missing_nvcc_requirements()]
+    return listed
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Decides whether the CUDA kernels can be built here, and with what.
 
 The CUDA compiler comes from the first of these places where it belongs to the same CUDA major version as torch:
-the environment variable CUDA_HOME, the nvcc on PATH, /usr/local/cuda, and the nvcc wheels of PyPI. Where none has it, `plan_build`
-says why in one line. Only the standard library is imported here, torch excepted, and that only by `plan_build`.
+the environment variable CUDA_HOME, the nvcc on PATH, /usr/local/cuda, and the nvcc wheels of PyPI. Where none has it,
+`plan_build` says why in one line. Only the standard library is imported here, torch excepted, and that only by
+`plan_build`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from pathlib import Path
 ARCH = "sm_90a"
 DEFAULT_MAX_JOBS = 4  # each nvcc of a CuTe kernel takes a few GB of memory
 
-# The CUDA version of the torch release that the package is built with when nothing else is installed, and the wheels that hold
-# its compiler. All of them have the same minor version: a newer nvvm emits PTX that an older ptxas rejects.
+# The wheels that hold the CUDA compiler and the headers it goes with. All must have the same minor version: a newer
+# nvvm emits PTX that an older ptxas rejects, and the headers reject another compiler. pyproject.toml requires them in
+# PYPI_CUDA_VERSION, which is that of the torch release required there.
 PYPI_CUDA_VERSION = "13.0"
-PYPI_NVCC_REQUIREMENTS = tuple(
-    f"{name}=={PYPI_CUDA_VERSION}.*" for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
-)
+PYPI_NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 
 
@@ -192,22 +192,20 @@ def inspect_nvcc(nvcc: Path, torch_cuda_version: str, search_path: Sequence[str]
 
 
 def require_matching_wheels(home: Path, version: str, torch_cuda_version: str) -> None:
-    """The compiler's wheels are separate packages: they must have the minor version of each other and of torch's headers."""
-    site_packages = home.parents[1]
-    installed = {f"{dist.metadata['Name']}".lower(): dist.version for dist in metadata.distributions(path=[str(site_packages)])}
-    for requirement in PYPI_NVCC_REQUIREMENTS:
-        name = requirement.partition("==")[0]
-        if name not in installed:
-            raise ToolchainError(f"{name} is not installed beside nvidia-cuda-nvcc {version}")
-        if minor_version(installed[name]) != minor_version(torch_cuda_version):
-            raise ToolchainError(f"{name} {installed[name]} does not fit torch's CUDA {torch_cuda_version}")
+    """The compiler's wheels are separate packages; all must have the minor version of torch's headers."""
+    site_packages = metadata.distributions(path=[str(home.parents[1])])
+    installed = {str(dist.metadata["Name"]).lower(): dist.version for dist in site_packages}
+    for package in PYPI_NVCC_PACKAGES:
+        if package not in installed:
+            raise ToolchainError(f"{package} is not installed beside nvcc {version}")
+        if minor_version(installed[package]) != minor_version(torch_cuda_version):
+            raise ToolchainError(f"{package} {installed[package]} does not fit torch's CUDA {torch_cuda_version}")
 
 
 def run_nvcc(nvcc: Path, *arguments: str) -> str:
     try:
-        process = subprocess.run(
-            [str(nvcc), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
-        )
+        command = [str(nvcc), *arguments]
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{nvcc} cannot be run ({error})") from error
     return process.stdout
@@ -238,26 +236,30 @@ def require_host_tools(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def find_ninja(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The ninja on PATH, else that of the package of this name: without an activated environment it is not on PATH."""
-    if on_path := shutil.which("ninja", path=environ.get("PATH")):
-        return Path(on_path)
-    if importlib.util.find_spec("ninja") is None:
-        return None
-    packaged = Path(importlib.import_module("ninja").BIN_DIR) / "ninja"
-    return packaged if packaged.is_file() else None
+    """The ninja of the package of this name, else the one on PATH.
+
+    In this order, so that every way to build takes the same one, whether or not the environment is activated: another
+    version of ninja may not read the log of the last build, and then compiles everything again.
+    """
+    if importlib.util.find_spec("ninja") is not None:
+        packaged = Path(importlib.import_module("ninja").BIN_DIR) / "ninja"
+        if packaged.is_file():
+            return packaged
+    on_path = shutil.which("ninja", path=environ.get("PATH"))
+    return Path(on_path) if on_path else None
 
 
-def missing_nvcc_requirements(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The wheels to install for want of a CUDA toolkit. Asked before torch is there, so the pinned torch is assumed."""
+def needs_pypi_nvcc(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether kernels are wanted and no CUDA toolkit can build them. Asked before torch is there."""
     if environ.get("FLASH_MLA_CUDA", "").strip() == "0":
-        return ()
+        return False
     for _, nvcc in nvcc_candidates(environ, [], major_version(PYPI_CUDA_VERSION), DEFAULT_CUDA_HOME):
         try:
             inspect_nvcc(nvcc, PYPI_CUDA_VERSION, [])
         except ToolchainError:
             continue
-        return ()
-    return PYPI_NVCC_REQUIREMENTS
+        return False
+    return True
 
 
 def default_max_jobs() -> int:
