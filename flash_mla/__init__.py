@@ -1,7 +1,7 @@
 """Attention kernels for Multi-head Latent Attention (MLA) on Hopper GPUs, with a CPU implementation of the same ops."""
 
 from flash_mla._version import __version__
-from flash_mla.extension import is_available, unavailable_reason
+from flash_mla.extension import is_available, unavailable_reason, warn_of_rival
 from flash_mla.interface import (
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
@@ -20,3 +20,5 @@ __all__ = [
     "is_available",
     "unavailable_reason",
 ]
+
+warn_of_rival()

@@ -30,19 +30,6 @@ class WorkerGrid(NamedTuple):
     tiles_per_request: int
 
 
-class Pieces(NamedTuple):
-    """All pieces of a plan, in the order of the work line; int64 tensors of shape (num_pieces,)."""
-
-    worker: Tensor
-    batch: Tensor
-    tile: Tensor
-    begin_block: Tensor
-    end_block: Tensor  # exclusive
-    is_partial: Tensor  # bool: another worker does a part of the same tile
-    slot: Tensor  # where the partial result lives; -1 for whole tiles
-    last_worker: Tensor  # who does the final piece of the tile
-
-
 def worker_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> WorkerGrid:
     """Group the SMs into workers.
 
@@ -58,6 +45,7 @@ def worker_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> W
     if row_tiles > 1:
         for lanes in range(2, min(MAX_LANES, row_tiles, num_sms) + 1):
             workers, groups = num_sms // lanes, -(-row_tiles // lanes)
+            # workers / groups >= best_workers / best_groups
             if workers * best_groups >= best_workers * groups:
                 num_lanes, best_workers, best_groups = lanes, workers, groups
     return WorkerGrid(num_lanes, num_sms // num_lanes, num_heads_kv * -(-row_tiles // num_lanes))
@@ -80,41 +68,42 @@ def decode_schedule(
     _, num_workers, tiles = worker_grid(num_rows_per_head_kv, num_heads_kv, num_sms)
     batch_size = cache_seqlens.shape[0]
 
-    # One row beyond the last request, so that the end of the line needs no special case.
+    # One entry beyond the last request, so that the end of the line needs no special case.
     num_blocks = cache_seqlens.new_zeros(batch_size + 1, dtype=torch.int64)
     num_blocks[:batch_size] = (cache_seqlens.to(torch.int64).clamp(min=0) + PAGE_SIZE - 1) // PAGE_SIZE
     tile_cost = num_blocks + SPLIT_OVERHEAD_BLOCKS
-    request_cost = tile_cost * tiles
-    request_end = request_cost.cumsum(0)
-    request_begin = request_end - request_cost
+    request_end = (tile_cost * tiles).cumsum(0)
+    request_begin = request_end - tile_cost * tiles
     total = request_begin[batch_size]
     quota = torch.clamp((total + num_workers - 1) // num_workers, min=SPLIT_OVERHEAD_BLOCKS + MIN_BLOCKS_PER_SPLIT)
 
-    # Boundary w: where worker w begins and worker w - 1 ends.
+    # Boundary w: where worker w begins and worker w - 1 ends. Inside a tile's overhead it moves to the tile's begin.
     workers = torch.arange(num_workers + 1, device=cache_seqlens.device)
     cost = torch.minimum(workers * quota, total)
     batch = torch.searchsorted(request_end[:batch_size], cost, right=True)
     cost_in_request = cost - request_begin[batch]
     tile = cost_in_request // tile_cost[batch]
     block = (cost_in_request % tile_cost[batch] - SPLIT_OVERHEAD_BLOCKS).clamp(min=0)
+    cuts_a_tile = block > 0
 
-    line_tile = batch * tiles + tile
-    first_tile = line_tile[:-1]
-    ends_inside = block[1:] > 0
-    last_tile = torch.where(ends_inside, line_tile[1:], line_tile[1:] - 1)
+    # Tiles numbered along the line.
+    begin_tile = batch * tiles + tile
+    first_tile = begin_tile[:-1]
+    last_tile = torch.where(cuts_a_tile, begin_tile, begin_tile - 1)[1:]
     num_pieces = last_tile - first_tile + 1
-    idle = num_pieces == 0
-    end_batch = torch.where(idle, batch[:-1], last_tile // tiles)
-    end_tile = torch.where(idle, tile[:-1], last_tile % tiles)
-    end_block = torch.where(ends_inside, block[1:], torch.where(idle, block[:-1], num_blocks[end_batch]))
-    last_worker = torch.searchsorted(first_tile.contiguous(), last_tile, right=True) - 1
-    last_worker = torch.where(idle, workers[:-1], last_worker)
+    end_batch = last_tile.div(tiles, rounding_mode="floor")
+    end_block = torch.where(cuts_a_tile[1:], block[1:], num_blocks[end_batch])
+    last_worker = torch.searchsorted(first_tile, last_tile, right=True) - 1
 
-    begins = (batch[:-1], tile[:-1], block[:-1])
-    metadata = torch.stack([*begins, end_batch, end_tile, end_block, num_pieces, last_worker], dim=1)
+    begin = torch.stack([batch, tile, block], dim=1)[:-1]
+    end = torch.stack([end_batch, last_tile - end_batch * tiles, end_block], dim=1)
+    is_idle = num_pieces == 0
+    end = torch.where(is_idle[:, None], begin, end)
+    last_worker = torch.where(is_idle, workers[:-1], last_worker)
+    metadata = torch.cat([begin, end, num_pieces[:, None], last_worker[:, None]], dim=1)
 
-    splits_inside = torch.bincount(batch[:-1], weights=None, minlength=batch_size + 1)[:batch_size] * 0
-    splits_inside = splits_inside.index_add(0, batch[:-1].clamp(max=max(batch_size - 1, 0)), (block[:-1] > 0).long())
-    num_splits = cache_seqlens.new_zeros(batch_size + 1, dtype=torch.int64)
-    num_splits[1:] = (splits_inside + tiles).cumsum(0)
+    # A request has one piece per tile, and one more for every boundary that cuts one of its tiles.
+    num_cuts = torch.zeros_like(num_blocks).index_add_(0, batch, cuts_a_tile.to(torch.int64))
+    num_splits = torch.zeros_like(num_blocks)
+    num_splits[1:] = (num_cuts[:batch_size] + tiles).cumsum(0)
     return metadata.to(torch.int32), num_splits.to(torch.int32)

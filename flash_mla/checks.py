@@ -1,0 +1,166 @@
+"""What the ops require of their arguments, for tensors that are not on a GPU.
+
+The CUDA implementations check the same in csrc/ops. Messages name the argument, what was expected and what came.
+Sizes may be symbolic (torch.compile).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid
+
+HEAD_DIM = 576  # 512 latent + 64 RoPE
+HEAD_DIM_V = 512  # the latent part, read again as V
+DTYPES = (torch.bfloat16, torch.float16)
+ANY_SIZE = -1
+
+_MAX_ROWS = (2**31 - 1) // 2
+_MAX_SCHEDULE_BATCH = 24 * 1024
+_ROW_ALIGNMENT = 8  # elements of 2 bytes: the kernels copy 16 bytes at a time
+
+
+def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> None:
+    """Raise TypeError or ValueError unless flash_mla::decode_schedule can take these arguments."""
+    _check_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [ANY_SIZE])
+    _check_contiguous("cache_seqlens", cache_seqlens)
+    if cache_seqlens.shape[0] > _MAX_SCHEDULE_BATCH:
+        raise ValueError(
+            f"cache_seqlens must have at most {_MAX_SCHEDULE_BATCH} requests, got {cache_seqlens.shape[0]}"
+        )
+    for name, value in (("num_rows_per_head_kv", num_rows_per_head_kv), ("num_heads_kv", num_heads_kv)):
+        if not 1 <= value <= _MAX_ROWS:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+) -> None:
+    """Raise TypeError or ValueError unless flash_mla::dense_decode can take these arguments; see ops.py for them."""
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must have dtype torch.bfloat16 or torch.float16, got {q.dtype}")
+    tables = {
+        "block_table": block_table,
+        "cache_seqlens": cache_seqlens,
+        "tile_scheduler_metadata": tile_scheduler_metadata,
+        "num_splits": num_splits,
+    }
+    _check_dtype("k_cache", k_cache, q.dtype)
+    for name, table in tables.items():
+        _check_dtype(name, table, torch.int32)
+
+    check_q_shape(q)
+    check_k_cache_shape(k_cache)
+    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    check_shape("block_table", block_table, "(batch_size, max_blocks_per_request)", [batch_size, ANY_SIZE])
+    check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [batch_size])
+    check_head_counts(seqlen_q, num_heads_q, k_cache.shape[2])
+    if k_cache.shape[0] < 1:
+        raise ValueError(f"k_cache must have at least one page, got shape {list(k_cache.shape)}")
+    if not (math.isfinite(softmax_scale) and softmax_scale >= 0):
+        raise ValueError(f"softmax_scale must be finite and not negative, got {softmax_scale}")
+
+    for name, tensor in {"k_cache": k_cache, **tables}.items():
+        _check_on_device(name, tensor, q.device)
+
+    _check_rows("q", q)
+    _check_rows("k_cache", k_cache)
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must be contiguous in its last dimension, got strides {list(block_table.stride())}"
+        )
+    _check_contiguous("cache_seqlens", cache_seqlens)
+    _check_contiguous("tile_scheduler_metadata", tile_scheduler_metadata)
+
+
+def check_plan(tile_scheduler_metadata: Tensor, num_splits: Tensor, batch_size: int, grid: WorkerGrid) -> None:
+    """Raise ValueError for a plan whose shape shows that it was made for another call."""
+    check_shape(
+        "tile_scheduler_metadata",
+        tile_scheduler_metadata,
+        "(num_workers, 8), as planned for these head counts and seqlen_q,",
+        [grid.num_workers, METADATA_COLUMNS],
+    )
+    check_shape("num_splits", num_splits, "(batch_size + 1,)", [batch_size + 1])
+
+
+def check_out(out: Tensor, q: Tensor) -> None:
+    """Raise TypeError or ValueError unless the result for q fits into out."""
+    _check_dtype("out", out, q.dtype)
+    check_shape("out", out, "(batch_size, seqlen_q, num_heads_q, head_dim_v)", [*q.shape[:3], HEAD_DIM_V])
+    _check_on_device("out", out, q.device)
+    _check_rows("out", out)
+
+
+def check_q_shape(q: Tensor) -> None:
+    check_shape("q", q, "(batch_size, seqlen_q, num_heads_q, head_dim)", [ANY_SIZE] * 3 + [HEAD_DIM])
+
+
+def check_k_cache_shape(k_cache: Tensor) -> None:
+    expected = [ANY_SIZE, PAGE_SIZE, ANY_SIZE, HEAD_DIM]
+    check_shape("k_cache", k_cache, "(num_blocks, page_size, num_heads_kv, head_dim)", expected)
+
+
+def check_head_counts(seqlen_q: int, num_heads_q: int, num_heads_kv: int) -> None:
+    """Raise ValueError unless the query heads can be divided among the KV heads."""
+    if seqlen_q < 1:
+        raise ValueError(f"q must have at least one token per request, got {seqlen_q}")
+    if num_heads_q < 1 or num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
+        raise ValueError(f"q must have a multiple of the {num_heads_kv} heads of k_cache, got {num_heads_q}")
+    if seqlen_q * num_heads_q > _MAX_ROWS:
+        raise ValueError(f"q has too many rows per request, got {seqlen_q} tokens of {num_heads_q} heads")
+
+
+def check_shape(name: str, tensor: Tensor, meaning: str, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless the tensor has these sizes; ANY_SIZE stands for any."""
+    shape = tensor.shape
+    if len(shape) != len(sizes) or any(
+        expected != ANY_SIZE and actual != expected for actual, expected in zip(shape, sizes, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {meaning} = {list(sizes)}, got {list(shape)}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a tensor. What torch hands to an op as tensor may be None."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+
+
+def _check_on_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, where q is, got {tensor.device}")
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    """The kernels copy rows 16 bytes at a time; the base address is checked where there is one."""
+    *strides, last_stride = tensor.stride()
+    if last_stride != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}")
+    for size, stride in zip(tensor.shape, strides, strict=False):
+        if size > 1 and stride % _ROW_ALIGNMENT != 0:
+            raise ValueError(
+                f"{name} must have strides that are multiples of {_ROW_ALIGNMENT} elements, "
+                f"got strides {list(tensor.stride())}"
+            )

@@ -1,0 +1,138 @@
+"""CPU implementations of the ops in plain torch operations, for all that the kernels support.
+
+Results are computed in float32. Only tokens of the request itself are read from the cache: the rest may hold NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_mla import schedule
+from flash_mla.checks import HEAD_DIM_V, check_decode_schedule, check_dense_decode, check_out, check_plan
+from flash_mla.lengths import check_lengths_and_pages
+from flash_mla.schedule import CPU_NUM_SMS, PAGE_SIZE
+
+_ROW_ALIGNMENT_BYTES = 16
+_PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
+
+
+def decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
+    """The plan for a GPU of 132 SMs."""
+    check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
+    return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_NUM_SMS)
+
+
+def dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+    check_dense_decode(*tensors, softmax_scale)
+    out = q.new_empty(*q.shape[:3], HEAD_DIM_V)
+    return out, _decode_into(out, *tensors, softmax_scale, causal)
+
+
+def dense_decode_out(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    out: Tensor,
+) -> Tensor:
+    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+    check_dense_decode(*tensors, softmax_scale)
+    check_out(out, q)
+    _check_address("out", out)
+    return _decode_into(out, *tensors, softmax_scale, causal)
+
+
+def _decode_into(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> Tensor:
+    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    num_heads_kv = k_cache.shape[2]
+    _check_address("q", q)
+    _check_address("k_cache", k_cache)
+    grid = schedule.worker_grid(seqlen_q * num_heads_q // num_heads_kv, num_heads_kv, CPU_NUM_SMS)
+    check_plan(tile_scheduler_metadata, num_splits, batch_size, grid)
+    check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
+
+    lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
+    for request, length in enumerate(cache_seqlens.tolist()):
+        pages = block_table[request, : -(-max(length, 0) // PAGE_SIZE)]
+        request_out, request_lse = _decode_request(q[request], k_cache, pages, max(length, 0), softmax_scale, causal)
+        out[request] = request_out
+        lse[request] = request_lse
+    return lse
+
+
+def _decode_request(
+    q: Tensor, k_cache: Tensor, pages: Tensor, length: int, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """One request by online softmax over steps of its pages.
+
+    Args:
+        q: (seqlen_q, num_heads_q, 576).
+        pages: (ceil(length / 64),) int32.
+
+    Returns:
+        float32 out (seqlen_q, num_heads_q, 512) and lse (num_heads_q, seqlen_q).
+    """
+    seqlen_q, num_heads_q, head_dim = q.shape
+    num_heads_kv = k_cache.shape[2]
+    # Rows of one KV head: token by token, the heads of its group.
+    rows = q.float().view(seqlen_q, num_heads_kv, -1, head_dim).transpose(0, 1).flatten(1, 2)
+    num_visible = torch.full((seqlen_q,), length)
+    if causal:
+        num_visible += torch.arange(1 - seqlen_q, 1)
+    num_visible = num_visible.repeat_interleave(num_heads_q // num_heads_kv)
+
+    row_max = rows.new_full(rows.shape[:2], float("-inf"))
+    row_sum = torch.zeros_like(row_max)
+    acc = rows.new_zeros(*rows.shape[:2], HEAD_DIM_V)
+    for begin in range(0, pages.shape[0], _PAGES_PER_STEP):
+        keys = k_cache[pages[begin : begin + _PAGES_PER_STEP].long()].flatten(0, 1)[:length].float().transpose(0, 1)
+        length -= keys.shape[1]
+        scores = rows @ keys.transpose(1, 2) * softmax_scale
+        scores.masked_fill_(torch.arange(keys.shape[1]) >= num_visible[:, None], float("-inf"))
+        num_visible = num_visible - keys.shape[1]
+
+        new_max = torch.maximum(row_max, scores.amax(-1))
+        # Rows that have seen no key yet stay at a sum of 0.
+        finite_max = new_max.masked_fill(new_max == float("-inf"), 0.0)
+        weights = torch.exp(scores - finite_max[..., None])
+        rescale = torch.exp(row_max - finite_max)
+        row_sum = row_sum * rescale + weights.sum(-1)
+        acc = acc * rescale[..., None] + weights @ keys[..., :HEAD_DIM_V]
+        row_max = new_max
+
+    sees_no_key = row_max == float("-inf")
+    out = (acc / row_sum[..., None]).masked_fill(sees_no_key[..., None], 0.0)
+    lse = (row_max + row_sum.log()).masked_fill(sees_no_key, float("inf"))
+    out = out.view(num_heads_kv, seqlen_q, -1, HEAD_DIM_V).transpose(0, 1).flatten(1, 2)
+    return out, lse.view(num_heads_kv, seqlen_q, -1).transpose(1, 2).flatten(0, 1)
+
+
+def _check_address(name: str, tensor: Tensor) -> None:
+    if tensor.data_ptr() % _ROW_ALIGNMENT_BYTES != 0:
+        raise ValueError(f"{name} must be aligned to {_ROW_ALIGNMENT_BYTES} bytes, got an address that is not")

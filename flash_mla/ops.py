@@ -1,0 +1,144 @@
+"""The ops torch.ops.flash_mla.*: schemas, implementations for CPU and for shapes only; those for CUDA are compiled.
+
+decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv) -> (tile_scheduler_metadata, num_splits)
+    Divides the KV blocks of a batch among the workers of a GPU, on the device and without synchronization.
+    cache_seqlens: (batch_size,) int32, contiguous.
+    num_rows_per_head_kv: seqlen_q * num_heads_q / num_heads_kv.
+    tile_scheduler_metadata: (num_workers, 8) int32, num_splits: (batch_size + 1,) int32: see schedule.py.
+
+dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal)
+    -> (out, lse)
+    Attention of the last seqlen_q tokens of every request over its tokens in a paged latent cache.
+    q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16; k_cache: (num_blocks, 64, num_heads_kv, 576) of the
+        same dtype. Both contiguous in the last dimension, other strides any multiples of 8 elements, addresses
+        multiples of 16 bytes.
+    block_table: (batch_size, max_blocks) int32, rows contiguous and any distance apart; never read past
+        ceil(cache_seqlens[i] / 64) entries of row i.
+    cache_seqlens: (batch_size,) int32, contiguous; 0 and less stand for a request without tokens.
+    tile_scheduler_metadata, num_splits: a plan for the same batch size, seqlen_q and head counts. The lengths are
+        taken from cache_seqlens: a plan for other lengths costs balance only.
+    softmax_scale: finite, not negative.
+    causal: query i sees the tokens j <= cache_seqlens - seqlen_q + i.
+    out: (batch_size, seqlen_q, num_heads_q, 512) in the dtype of q, contiguous.
+    lse: (batch_size, num_heads_q, seqlen_q) float32, natural logarithm of the sum of exponentials.
+    Rows that see no key have out 0 and lse +inf.
+
+dense_decode_out(..., *, out) -> lse
+    The same into a given tensor, strides as those of q.
+
+Wrong dtypes raise TypeError, wrong shapes, strides, devices and values ValueError, GPUs other than sm_90 RuntimeError.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_mla import cpu, extension
+from flash_mla.checks import HEAD_DIM_V, check_decode_schedule, check_dense_decode, check_out, check_plan
+from flash_mla.schedule import CPU_NUM_SMS, METADATA_COLUMNS, worker_grid
+
+_DECODE_ARGUMENTS = (
+    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor tile_scheduler_metadata, "
+    "Tensor num_splits, float softmax_scale, bool causal"
+)
+_SCHEMAS = (
+    "decode_schedule(Tensor cache_seqlens, int num_rows_per_head_kv, int num_heads_kv)"
+    " -> (Tensor tile_scheduler_metadata, Tensor num_splits)",
+    f"dense_decode({_DECODE_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    f"dense_decode_out({_DECODE_ARGUMENTS}, *, Tensor(a!) out) -> Tensor lse",
+)
+
+_library = torch.library.Library("flash_mla", "DEF")
+for _schema in _SCHEMAS:
+    # The compiler must hand over tensors with the strides they have in eager mode: the checks depend on them.
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def _num_sms(device: torch.device) -> int:
+    # Without a GPU, fake CUDA tensors are planned for an H100 or H200 too.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CPU_NUM_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _fake_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
+    check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
+    # The grid is compiled in; another number of rows compiles again.
+    grid = worker_grid(int(num_rows_per_head_kv), int(num_heads_kv), _num_sms(cache_seqlens.device))
+    metadata = cache_seqlens.new_empty(grid.num_workers, METADATA_COLUMNS)
+    return metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+
+
+def _fake_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+    lse = _fake_lse(*tensors, softmax_scale)
+    return q.new_empty(*q.shape[:3], HEAD_DIM_V), lse
+
+
+def _fake_dense_decode_out(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    out: Tensor,
+) -> Tensor:
+    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+    lse = _fake_lse(*tensors, softmax_scale)
+    check_out(out, q)
+    return lse
+
+
+def _fake_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    check_dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale)
+    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    num_heads_kv = k_cache.shape[2]
+    num_rows = int(seqlen_q * num_heads_q // num_heads_kv)
+    grid = worker_grid(num_rows, int(num_heads_kv), _num_sms(q.device))
+    check_plan(tile_scheduler_metadata, num_splits, batch_size, grid)
+    return q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
+
+
+def _no_kernels(*args: object, **kwargs: object) -> NoReturn:
+    raise RuntimeError(f"flash_mla has no kernels for CUDA tensors: {extension.unavailable_reason()}")
+
+
+_library.impl("decode_schedule", cpu.decode_schedule, "CPU")
+_library.impl("dense_decode", cpu.dense_decode, "CPU")
+_library.impl("dense_decode_out", cpu.dense_decode_out, "CPU")
+torch.library.register_fake("flash_mla::decode_schedule", _fake_decode_schedule, lib=_library)
+torch.library.register_fake("flash_mla::dense_decode", _fake_dense_decode, lib=_library)
+torch.library.register_fake("flash_mla::dense_decode_out", _fake_dense_decode_out, lib=_library)
+
+if extension.load_extension().module is None:
+    for _name in ("decode_schedule", "dense_decode", "dense_decode_out"):
+        _library.impl(_name, _no_kernels, "CUDA")
+
+# The overloads themselves: calling these skips the search for an overload in every call.
+decode_schedule = torch.ops.flash_mla.decode_schedule.default
+dense_decode = torch.ops.flash_mla.dense_decode.default
+dense_decode_out = torch.ops.flash_mla.dense_decode_out.default
