@@ -1,7 +1,7 @@
 """One adaptor per library. Each is looked for at run time; one that cannot be loaded says why.
 
 FLASH_MLA_PEERS may name a folder with libraries that are not installed:
-    flashmla_ops*.so with flash_mla.py    FlashMLA as sglang-kernel packages it
+    flashmla_ops*.so with flash_mla.py    FlashMLA as sglang-kernel packages it; flashmla.version may say which
     flashinfer/, flashinfer_mla_sm90.so   FlashInfer as a folder of packages, and its compiled bf16 MLA module
 """
 
@@ -125,7 +125,9 @@ class FlashMla(Peer):
                 torch.ops.load_library(str(libraries[0]))
             except OSError as error:
                 raise Unavailable(f"{libraries[0].name}: {error.__cause__ or error}") from error
-            return _load_beside_its_library(folder / "flash_mla.py"), f"from {libraries[0].name}"
+            note = folder / "flashmla.version"
+            version = note.read_text().strip() if note.is_file() else f"from {libraries[0].name}"
+            return _load_beside_its_library(folder / "flash_mla.py"), version
         return _import("sgl_kernel.flash_mla"), f"sglang-kernel {package_version('sglang-kernel', 'sgl-kernel')}"
 
     def unsupported(self, shape: Shape) -> str | None:

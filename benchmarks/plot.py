@@ -19,7 +19,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.report import TITLES, Row, ceiling_line, peers_in, read_ceilings, read_rows
 from benchmarks.shapes import UNIFORM, Shape
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "flash_mla": {"color": "#c0392b", "marker": "o", "zorder": 5},
     "flashmla": {"color": "#2c6fbb", "marker": "s"},
     "flashinfer": {"color": "#3a9d5d", "marker": "^"},

@@ -1,7 +1,7 @@
 """Decode a batch of requests of different lengths from a paged latent cache.
 
-Each step appends a token to every request, plans the attention once, and calls it once per layer, as a model would. Queries and
-latents are random: what the demo shows is the cache, the calls, their speed, and that the result is right.
+Each step appends a token to every request, plans the attention once, and calls it once per layer, as a model would.
+Queries and latents are random: what the demo shows is the cache, the calls, their speed, and that the result is right.
 
     python examples/decode_demo.py --help
 """
@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -66,7 +67,7 @@ def reference(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.
     return scores.softmax(dim=-1) @ keys[:, :LATENT_DIM].double(), scores.logsumexp(dim=-1)
 
 
-def error_and_verdict(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float) -> tuple[float, bool]:
+def compare(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float) -> tuple[float, bool]:
     error = (actual.double() - expected).abs()
     return error.max().item(), bool((error <= atol + rtol * expected.abs()).all())
 
@@ -81,6 +82,10 @@ def choose_device(requested: str) -> torch.device:
     return torch.device("cpu")
 
 
+# Sizes for a GPU and for a CPU.
+DEFAULTS = {"batch": (128, 4), "tokens": (8192, 700), "layers": (4, 2), "steps": (32, 8), "heads": (128, 16)}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: an sm_90 GPU if there is one")
@@ -92,47 +97,45 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     arguments = parser.parse_args()
     arguments.device = choose_device(arguments.device)
-    on_gpu = arguments.device.type == "cuda"
-    for name, for_gpu, for_cpu in [("batch", 128, 4), ("tokens", 8192, 700), ("layers", 4, 2), ("steps", 32, 8), ("heads", 128, 16)]:
+    for name, (for_gpu, for_cpu) in DEFAULTS.items():
         if getattr(arguments, name) is None:
-            setattr(arguments, name, for_gpu if on_gpu else for_cpu)
+            setattr(arguments, name, for_gpu if arguments.device.type == "cuda" else for_cpu)
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     return arguments
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    device, dtype = arguments.device, DTYPES[arguments.dtype]
-    batch_size, num_layers = arguments.batch, arguments.layers
-    torch.manual_seed(0)
+class Demo:
+    """A batch of requests, their caches, and what a model would do with them in every step."""
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype, device=device)
+    def __init__(self, arguments: argparse.Namespace):
+        self.device, self.dtype = arguments.device, DTYPES[arguments.dtype]
+        self.batch_size, self.num_layers, self.num_heads = arguments.batch, arguments.layers, arguments.heads
+        max_tokens = arguments.tokens + arguments.steps
+        self.cache = PagedLatentCache(self.num_layers, self.batch_size, max_tokens, self.dtype, self.device)
+        for request in range(self.batch_size):
+            # From a quarter of the longest request's length up to all of it.
+            share = (self.batch_size + 3 * (request + 1)) / (4 * self.batch_size)
+            self.append([request], max(1, int(arguments.tokens * share)))
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device)
 
-    cache = PagedLatentCache(num_layers, batch_size, arguments.tokens + arguments.steps, dtype, device)
-    for request in range(batch_size):
-        # From a quarter of the longest request's length up to all of it.
-        prompt_length = max(1, arguments.tokens * (batch_size + 3 * (request + 1)) // (4 * batch_size))
-        slots = cache.reserve(request, prompt_length).to(device)
-        for layer in range(num_layers):
-            cache.write(layer, slots, random(prompt_length, KEY_DIM))
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-    seconds_per_layer = []
-    max_error, is_right = 0.0, True
-    for step in range(1, arguments.steps + 1):
-        slots = torch.cat([cache.reserve(request, 1) for request in range(batch_size)]).to(device)
-        for layer in range(num_layers):
-            cache.write(layer, slots, random(batch_size, KEY_DIM))
-        queries = [random(batch_size, 1, arguments.heads, KEY_DIM) for _ in range(num_layers)]
-        block_table = cache.block_table.to(device)
-        cache_seqlens = torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+    def append(self, requests: Iterable[int], num_tokens: int) -> None:
+        """Give these requests so many more tokens, in all layers."""
+        slots = torch.cat([self.cache.reserve(request, num_tokens) for request in requests]).to(self.device)
+        for layer in range(self.num_layers):
+            self.cache.write(layer, slots, self.random(len(slots), KEY_DIM))
 
-        synchronize()
+    def decode(self, queries: list[torch.Tensor]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], float]:
+        """The attention of all layers, and the seconds it took per layer."""
+        block_table = self.cache.block_table.to(self.device)
+        cache_seqlens = torch.tensor(self.cache.lengths, dtype=torch.int32, device=self.device)
+        self.synchronize()
         begin = time.perf_counter()
         # The first layer's call makes the plan, the other layers use it.
         metadata, num_splits = flash_mla.get_mla_metadata()
@@ -140,42 +143,58 @@ def main() -> int:
             flash_mla.flash_mla_with_kvcache(
                 q, pages, block_table, cache_seqlens, LATENT_DIM, metadata, num_splits, SOFTMAX_SCALE, causal=True
             )
-            for q, pages in zip(queries, cache.pages, strict=True)
+            for q, pages in zip(queries, self.cache.pages, strict=True)
         ]
-        synchronize()
-        seconds_per_layer.append((time.perf_counter() - begin) / num_layers)
+        self.synchronize()
+        return results, (time.perf_counter() - begin) / self.num_layers
 
-        layer, request = step % num_layers, step % batch_size
+    def step(self, number: int) -> tuple[float, float, bool]:
+        """Decode one token; returns seconds per layer, the error of one request in one layer, and if it is right."""
+        self.append(range(self.batch_size), 1)
+        queries = [self.random(self.batch_size, 1, self.num_heads, KEY_DIM) for _ in range(self.num_layers)]
+        results, seconds = self.decode(queries)
+        layer, request = number % self.num_layers, number % self.batch_size
         out, lse = results[layer]
-        expected_out, expected_lse = reference(queries[layer][request, 0], cache.gather(layer, request))
-        error, out_is_right = error_and_verdict(out[request, 0], expected_out, atol=8e-4, rtol=2.01 / 128)
-        _, lse_is_right = error_and_verdict(lse[request, :, 0], expected_lse, atol=1e-6, rtol=8.01 / 65536)
-        max_error = max(max_error, error)
-        is_right = is_right and out_is_right and lse_is_right
+        expected_out, expected_lse = reference(queries[layer][request, 0], self.cache.gather(layer, request))
+        error, out_is_right = compare(out[request, 0], expected_out, atol=8e-4, rtol=2.01 / 128)
+        _, lse_is_right = compare(lse[request, :, 0], expected_lse, atol=1e-6, rtol=8.01 / 65536)
+        return seconds, error, out_is_right and lse_is_right
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    print(f"Filling {arguments.layers} caches for {arguments.batch} requests", flush=True)
+    demo = Demo(arguments)
+    times, errors, verdicts = [], [], []
+    for number in range(1, arguments.steps + 1):
+        seconds, error, is_right = demo.step(number)
+        times.append(seconds)
+        errors.append(error)
+        verdicts.append(is_right)
         print(
-            f"step {step:3d}/{arguments.steps}  {sum(cache.lengths):8d} cached tokens  "
-            f"{seconds_per_layer[-1] * 1e6:9.1f} µs per layer  request {request:3d} "
-            + ("ok" if out_is_right and lse_is_right else "WRONG"),
+            f"step {number:3d}/{arguments.steps}  {sum(demo.cache.lengths):8d} cached tokens  "
+            f"{seconds * 1e6:9.1f} µs per layer  {'ok' if is_right else 'WRONG'}",
             flush=True,
         )
 
-    seconds = statistics.median(seconds_per_layer)
-    cached_tokens = sum(cache.lengths)
-    num_bytes = cached_tokens * KEY_DIM * dtype.itemsize
-    num_flops = 2 * cached_tokens * arguments.heads * (KEY_DIM + LATENT_DIM)
+    seconds = statistics.median(times)
+    cached_tokens = sum(demo.cache.lengths)
+    num_bytes = cached_tokens * KEY_DIM * demo.dtype.itemsize
+    num_flops = 2 * cached_tokens * demo.num_heads * (KEY_DIM + LATENT_DIM)
     rows = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "batch": f"{batch_size} requests, {arguments.heads} heads, {arguments.dtype}",
-        "cached tokens": f"{cached_tokens} in each of {num_layers} layers",
-        "µs per layer": f"{seconds * 1e6:.1f}",
-        "effective GB/s": f"{num_bytes / seconds / 1e9:.1f}",
-        "effective TFLOP/s": f"{num_flops / seconds / 1e12:.3f}",
-        "max error": f"{max_error:.2e} against float64: {'ok' if is_right else 'WRONG'}",
+        "device": torch.cuda.get_device_name(demo.device) if demo.device.type == "cuda" else "CPU",
+        "batch": f"{demo.batch_size} requests, {demo.num_heads} heads, {arguments.dtype}",
+        "cached tokens": f"{cached_tokens} in each of {demo.num_layers} layers",
+        "µs per layer": f"{seconds * 1e6:.1f} (median of the steps, calls from Python included)",
+        "effective GB/s": f"{num_bytes / seconds / 1e9:.4g}",
+        "effective TFLOP/s": f"{num_flops / seconds / 1e12:.4g}",
+        "max error": f"{max(errors):.2e} against float64: {'ok' if all(verdicts) else 'WRONG'}",
     }
     print()
     for name, value in rows.items():
         print(f"{name:<18} {value}")
-    return 0 if is_right else 1
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

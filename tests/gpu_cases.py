@@ -12,19 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from cases import DEFAULT_SCALE, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
+from reference import LSE_ATOL, LSE_RTOL, MAX_COSINE_DIFFERENCE, OUT_ATOL, OUT_RTOL
 from torch import Tensor
 
-PAGE_SIZE = 64
-HEAD_DIM_K = 576
-HEAD_DIM_V = 512
-SCALE = HEAD_DIM_K**-0.5
-
-# |actual - expected| <= atol + rtol * |expected|, elementwise, and a bound on 1 - cosine similarity.
-OUT_ATOL, OUT_RTOL = 8e-4, 2.01 / 128
-LSE_ATOL, LSE_RTOL = 1e-6, 8.01 / 65536
-MAX_COSINE_DIFFERENCE = 5e-6
-
-INVALID_PAGES = (-1, 2147480000)
 KEY_STD = 0.2  # queries have 1
 
 
@@ -102,15 +93,15 @@ def make_cache(
     block_table[used] = order.to(torch.int32)
 
     pages = torch.full(
-        (total_pages + spare_pages + 1, PAGE_SIZE, num_heads_kv, HEAD_DIM_K), float("nan"), dtype=dtype, device=device
+        (total_pages + spare_pages + 1, PAGE_SIZE, num_heads_kv, HEAD_DIM), float("nan"), dtype=dtype, device=device
     )
-    tokens = cut(random_key_pool(dtype, device), (total_tokens, num_heads_kv, HEAD_DIM_K), seed)
+    tokens = cut(random_key_pool(dtype, device), (total_tokens, num_heads_kv, HEAD_DIM), seed)
     position = torch.arange(max(longest, 1), device=device)
     is_token = position < length[:, None]  # (batch_size, longest)
     slot = block_table.long()[:, position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-    pages.view(-1, num_heads_kv, HEAD_DIM_K)[slot[is_token]] = tokens
+    pages.view(-1, num_heads_kv, HEAD_DIM)[slot[is_token]] = tokens
 
-    keys = torch.zeros(batch_size, position.numel(), num_heads_kv, HEAD_DIM_K, dtype=torch.float64, device=device)
+    keys = torch.zeros(batch_size, position.numel(), num_heads_kv, HEAD_DIM, dtype=torch.float64, device=device)
     keys[is_token] = tokens.double()
     return PagedCache(
         lengths=list(lengths),
@@ -124,7 +115,7 @@ def make_cache(
 def make_queries(
     batch_size: int, seqlen_q: int, num_heads_q: int, dtype: torch.dtype, seed: int = 0, device: str = "cuda"
 ) -> Tensor:
-    return cut(random_pool(dtype, device), (batch_size, seqlen_q, num_heads_q, HEAD_DIM_K), seed)
+    return cut(random_pool(dtype, device), (batch_size, seqlen_q, num_heads_q, HEAD_DIM), seed)
 
 
 def make_plan(cache: PagedCache, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +126,7 @@ def make_plan(cache: PagedCache, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(
-    q: Tensor, cache: PagedCache, causal: bool, scale: float = SCALE, plan: tuple[Tensor, Tensor] | None = None
+    q: Tensor, cache: PagedCache, causal: bool, scale: float = DEFAULT_SCALE, plan: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Decode into memory that held NaN."""
     metadata, num_splits = make_plan(cache, q) if plan is None else plan
@@ -150,12 +141,12 @@ def decode(
     return out, lse
 
 
-def reference(q: Tensor, cache: PagedCache, causal: bool, scale: float = SCALE) -> tuple[Tensor, Tensor]:
+def reference(q: Tensor, cache: PagedCache, causal: bool, scale: float = DEFAULT_SCALE) -> tuple[Tensor, Tensor]:
     """Float64 out (batch_size, seqlen_q, num_heads_q, 512) and lse (batch_size, num_heads_q, seqlen_q)."""
     batch_size, seqlen_q, num_heads_q, _ = q.shape
     num_heads_kv, longest = cache.keys.shape[1:3]
     group = num_heads_q // num_heads_kv
-    rows = q.double().view(batch_size, seqlen_q, num_heads_kv, group, HEAD_DIM_K).transpose(1, 2)
+    rows = q.double().view(batch_size, seqlen_q, num_heads_kv, group, HEAD_DIM).transpose(1, 2)
     scores = rows.flatten(2, 3) @ cache.keys.transpose(2, 3)  # (batch_size, num_heads_kv, seqlen_q * group, longest)
     scores *= scale
     seen = cache.cache_seqlens.long()[:, None].expand(batch_size, seqlen_q)
@@ -202,7 +193,7 @@ def mismatch(out: Tensor, lse: Tensor, expected: tuple[Tensor, Tensor], lse_atol
 
 
 def check(
-    q: Tensor, cache: PagedCache, causal: bool, scale: float = SCALE, lse_atol: float = LSE_ATOL
+    q: Tensor, cache: PagedCache, causal: bool, scale: float = DEFAULT_SCALE, lse_atol: float = LSE_ATOL
 ) -> tuple[Tensor, Tensor]:
     """Decode and compare with the reference; returns the result."""
     out, lse = decode(q, cache, causal, scale)

@@ -6,12 +6,8 @@ import itertools
 
 import pytest
 import torch
+from cases import DEFAULT_SCALE, HEAD_DIM, HEAD_DIM_V, INVALID_PAGES, PAGE_SIZE
 from gpu_cases import (
-    HEAD_DIM_K,
-    HEAD_DIM_V,
-    INVALID_PAGES,
-    PAGE_SIZE,
-    SCALE,
     PagedCache,
     check,
     decode,
@@ -104,18 +100,18 @@ def test_strided_arguments(num_heads_kv, seqlen_q):
     out, lse = check(q, cache, True)
 
     nan = float("nan")
-    wide_q = torch.full((batch_size, seqlen_q + 1, num_heads_q, HEAD_DIM_K + 64), nan, dtype=BF16, device="cuda")
-    strided_q = wide_q[:, 1:, :, 32 : 32 + HEAD_DIM_K]
+    wide_q = torch.full((batch_size, seqlen_q + 1, num_heads_q, HEAD_DIM + 64), nan, dtype=BF16, device="cuda")
+    strided_q = wide_q[:, 1:, :, 32 : 32 + HEAD_DIM]
     strided_q.copy_(q)
     # Other layers' pages between ours, and padding behind each token and head.
     num_pages = cache.pages.shape[0]
-    wide_pages = torch.full((num_pages, 3, PAGE_SIZE, num_heads_kv, HEAD_DIM_K + 80), nan, dtype=BF16, device="cuda")
-    strided_pages = wide_pages[:, 1, :, :, 8 : 8 + HEAD_DIM_K]
+    wide_pages = torch.full((num_pages, 3, PAGE_SIZE, num_heads_kv, HEAD_DIM + 80), nan, dtype=BF16, device="cuda")
+    strided_pages = wide_pages[:, 1, :, :, 8 : 8 + HEAD_DIM]
     strided_pages.copy_(cache.pages)
     assert not strided_q.is_contiguous() and not strided_pages.is_contiguous()
 
     strided_out, strided_lse = torch.ops.flash_mla.dense_decode(
-        strided_q, strided_pages, cache.block_table, cache.cache_seqlens, *make_plan(cache, q), SCALE, True
+        strided_q, strided_pages, cache.block_table, cache.cache_seqlens, *make_plan(cache, q), DEFAULT_SCALE, True
     )
     assert torch.equal(strided_out, out) and torch.equal(strided_lse, lse)
 
@@ -123,10 +119,10 @@ def test_strided_arguments(num_heads_kv, seqlen_q):
 @DTYPES
 def test_offsets_beyond_32_bits(dtype):
     """Pages that begin beyond 2**31 and 2**32 elements."""
-    page_elements = PAGE_SIZE * HEAD_DIM_K
+    page_elements = PAGE_SIZE * HEAD_DIM
     num_pages = 2**32 // page_elements + 1000
     small = make_cache([1000, 3000, 64], 1, dtype, seed=5)
-    pages = torch.full((num_pages, PAGE_SIZE, 1, HEAD_DIM_K), float("nan"), dtype=dtype, device="cuda")
+    pages = torch.full((num_pages, PAGE_SIZE, 1, HEAD_DIM), float("nan"), dtype=dtype, device="cuda")
     used = small.block_table >= 0
     source = small.block_table[used].long()
     # In turn near the beginning, just above 2**31 elements, and at the end.
@@ -149,9 +145,9 @@ def test_page_stride_beyond_32_bits():
     """Few pages, so far apart that page number times stride exceeds 2**32 elements."""
     small = make_cache([140, 64], 1, BF16, seed=6, spare_pages=0)
     num_pages, page_stride = small.pages.shape[0], 2**30
-    storage = torch.empty((num_pages - 1) * page_stride + PAGE_SIZE * HEAD_DIM_K, dtype=BF16, device="cuda")
+    storage = torch.empty((num_pages - 1) * page_stride + PAGE_SIZE * HEAD_DIM, dtype=BF16, device="cuda")
     assert (num_pages - 1) * page_stride >= 2**32
-    pages = storage.as_strided(small.pages.shape, (page_stride, HEAD_DIM_K, HEAD_DIM_K, 1))
+    pages = storage.as_strided(small.pages.shape, (page_stride, HEAD_DIM, HEAD_DIM, 1))
     pages.copy_(small.pages)
     far = PagedCache(small.lengths, small.cache_seqlens, pages, small.block_table, small.keys)
     check(make_queries(2, 1, 16, BF16, seed=6), far, False)
@@ -186,7 +182,7 @@ def test_softmax_scale(scale, dtype):
     cache = make_cache([3000, 1, 0, 64, 200], 1, dtype, seed=10)
     q = make_queries(5, 2, 16, dtype, seed=10)
     # Rounding of the scores, whose terms reach 5, grows with the scale.
-    check(q, cache, True, scale, lse_atol=1e-6 + 2e-6 * scale / SCALE)
+    check(q, cache, True, scale, lse_atol=1e-6 + 2e-6 * scale / DEFAULT_SCALE)
 
 
 @DTYPES
@@ -196,7 +192,7 @@ def test_running_maximum(ascending, dtype):
     length = 2000
     cache = make_cache([length, 500], 1, dtype, seed=11)
     q = make_queries(2, 1, 16, dtype, seed=11).clone()
-    direction = torch.zeros(HEAD_DIM_K, dtype=torch.float64, device="cuda")
+    direction = torch.zeros(HEAD_DIM, dtype=torch.float64, device="cuda")
     direction[HEAD_DIM_V:] = 1.0
     ramp = torch.linspace(-4, 4, length, device="cuda", dtype=torch.float64) * (1 if ascending else -1)
     q[..., HEAD_DIM_V:] = 1.0
@@ -293,7 +289,7 @@ def test_public_api_gives_the_bits_of_the_op(dtype):
         HEAD_DIM_V,
         metadata,
         num_splits,
-        SCALE,
+        DEFAULT_SCALE,
         True,
         out=own_out,
     )
@@ -333,6 +329,6 @@ def test_second_device():
         tensor.to("cuda:1") for tensor in (q, cache.pages, cache.block_table, cache.cache_seqlens)
     )
     plan = torch.ops.flash_mla.decode_schedule(seqlens, 16, 1)
-    out_there, lse_there = torch.ops.flash_mla.dense_decode(q_there, pages, table, seqlens, *plan, SCALE, False)
+    out_there, lse_there = torch.ops.flash_mla.dense_decode(q_there, pages, table, seqlens, *plan, DEFAULT_SCALE, False)
     assert out_there.device == q_there.device
     assert torch.equal(out_there.cpu(), out.cpu()) and torch.equal(lse_there.cpu(), lse.cpu())

@@ -6,18 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_cases import (
-    HEAD_DIM_V,
-    SCALE,
-    PagedCache,
-    check,
-    decode,
-    make_cache,
-    make_queries,
-    mismatch,
-    random_lengths,
-    reference,
-)
+from cases import DEFAULT_SCALE, HEAD_DIM_V
+from gpu_cases import PagedCache, check, decode, make_cache, make_queries, mismatch, random_lengths, reference
 from torch import Tensor
 
 import flash_mla
@@ -73,7 +63,7 @@ class StaticBuffers:
             HEAD_DIM_V,
             metadata,
             num_splits,
-            SCALE,
+            DEFAULT_SCALE,
             causal=True,
         )
 
@@ -159,7 +149,7 @@ def test_layers_share_one_plan_in_a_graph():
                     HEAD_DIM_V,
                     metadata,
                     num_splits,
-                    SCALE,
+                    DEFAULT_SCALE,
                 )
             )
         return results
@@ -238,7 +228,7 @@ def test_compile(planned, backend):
         else:
             metadata, num_splits = flash_mla.get_mla_decoding_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1)
         out, lse = flash_mla.flash_mla_with_kvcache(
-            q, pages, block_table, cache_seqlens, HEAD_DIM_V, metadata, num_splits, SCALE, causal=True
+            q, pages, block_table, cache_seqlens, HEAD_DIM_V, metadata, num_splits, DEFAULT_SCALE, causal=True
         )
         return out, lse.exp()
 

@@ -1,0 +1,27 @@
+"""Skips the tests marked `gpu` where there is no sm_90 GPU or no kernels, and says which of the two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flash_mla
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if "gpu" in item.keywords]
+    if gpu_items and (reason := flash_mla.unavailable_reason()) is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,69 @@
+"""Float64 reference of the paged decode, and the bounds within which a result counts as right."""
+
+from __future__ import annotations
+
+import torch
+from cases import HEAD_DIM_V, PAGE_SIZE, Case
+from torch import Tensor
+
+# |actual - expected| <= ATOL + RTOL * |expected| elementwise, for inputs whose values are of the order 0.1 to 1:
+# two roundings of bf16 for out; for lse the rounding of float32 sums.
+OUT_ATOL, OUT_RTOL = 8e-4, 2.01 / 128
+LSE_ATOL, LSE_RTOL = 1e-6, 8.01 / 65536
+# Of out as one vector: 1 - 2 <actual, expected> / (|actual|^2 + |expected|^2).
+MAX_COSINE_DIFFERENCE = 5e-6
+
+
+def reference(case: Case) -> tuple[Tensor, Tensor]:
+    """Attention of every request over its own tokens, in float64 on the device of the case.
+
+    Returns:
+        out: (batch_size, seqlen_q, num_heads_q, 512) float64; 0 for rows that see no key.
+        lse: (batch_size, num_heads_q, seqlen_q) float64, natural logarithm; +inf for rows that see no key.
+    """
+    batch_size, seqlen_q, num_heads_q, head_dim = case.q.shape
+    num_heads_kv = case.k_cache.shape[2]
+    group = num_heads_q // num_heads_kv
+    out = torch.zeros(batch_size, seqlen_q, num_heads_q, HEAD_DIM_V, dtype=torch.float64, device=case.q.device)
+    lse = torch.full((batch_size, num_heads_q, seqlen_q), float("inf"), dtype=torch.float64, device=case.q.device)
+    for request, length in enumerate(case.cache_seqlens.tolist()):
+        if length <= 0:
+            continue
+        pages = case.block_table[request, : -(-length // PAGE_SIZE)].long()
+        keys = case.k_cache[pages].reshape(-1, num_heads_kv, head_dim)[:length].double()
+        keys = keys.repeat_interleave(group, dim=1)  # (length, num_heads_q, head_dim)
+        scores = torch.einsum("qhd,khd->hqk", case.q[request].double(), keys) * case.softmax_scale
+        if case.causal:
+            key, query = torch.arange(length, device=keys.device), torch.arange(seqlen_q, device=keys.device)
+            scores.masked_fill_(key > length - seqlen_q + query[:, None], float("-inf"))
+        sees_a_key = (scores > float("-inf")).any(-1, keepdim=True)
+        weights = scores.softmax(-1).where(sees_a_key, 0)
+        out[request] = torch.einsum("hqk,khd->qhd", weights, keys[..., :HEAD_DIM_V])
+        lse[request] = scores.logsumexp(-1).where(sees_a_key[..., 0], float("inf"))
+    return out, lse
+
+
+def assert_close(actual_out: Tensor, actual_lse: Tensor, expected_out: Tensor, expected_lse: Tensor) -> None:
+    """Fail unless out and lse are within the bounds above; infinities have to be equal, NaN is never right."""
+    _assert_within("lse", actual_lse, expected_lse, LSE_ATOL, LSE_RTOL)
+    _assert_within("out", actual_out, expected_out, OUT_ATOL, OUT_RTOL)
+    actual = actual_out.double()
+    squares = actual.square().sum() + expected_out.square().sum()
+    difference = float((actual - expected_out).square().sum() / squares.clamp(min=1e-12))
+    assert difference <= MAX_COSINE_DIFFERENCE, (
+        f"the cosine difference of out is {difference:.3g}, allowed are {MAX_COSINE_DIFFERENCE}"
+    )
+
+
+def _assert_within(name: str, actual: Tensor, expected: Tensor, atol: float, rtol: float) -> None:
+    assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    actual = actual.double()
+    error = (actual - expected).abs()
+    # Written so that NaN is an error; equal infinities have an error of NaN.
+    wrong = ~((error <= atol + rtol * expected.abs()) | (actual == expected))
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name} is out of bounds in {int(wrong.sum())} of {wrong.numel()} places, first at {list(where)}: "
+            f"{float(actual[where])!r}, expected {float(expected[where])!r}"
+        )

@@ -1,0 +1,174 @@
+"""Each layer knows only those below it, and what two layers must agree on is the same in both."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_mla import checks, schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "flash_mla"
+
+CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"})
+TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
+CUTLASS_HEADERS = ("cute/", "cutlass/")
+PRIMITIVES = "kernels/sm90/primitives"
+
+# What each module of the package may import is what stands before it.
+PYTHON_LAYERS = (
+    {"_version", "extension", "schedule"},
+    {"checks", "lengths"},
+    {"cpu"},
+    {"ops"},
+    {"plan"},
+    {"interface"},
+    {"__init__", "__main__", "flash_mla_interface"},
+)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(CSRC).as_posix()
+
+
+def includes(path: Path) -> tuple[list[str], list[str]]:
+    """The headers of this project that a file includes, and the others."""
+    text = path.read_text()
+    return (
+        re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE),
+        re.findall(r"^\s*#\s*include\s+<([^>]+)>", text, re.MULTILINE),
+    )
+
+
+def allowed_folders(path: Path) -> tuple[str, ...]:
+    """Where the headers of this project come from that a file may include."""
+    folder = relative(path.parent)
+    if path == CSRC / "bindings.cpp":
+        return ("ops",)
+    if folder == "params":
+        return ("params",)
+    if folder == "ops":
+        return ("ops", "kernels", "params")
+    # No kernel's folder includes a sibling: what two kernels need moves down.
+    return (folder, PRIMITIVES, "params") if folder != PRIMITIVES else (PRIMITIVES, "params")
+
+
+def test_there_is_something_to_check():
+    folders = {relative(path).partition("/")[0] for path in CPP_FILES}
+    assert folders == {"bindings.cpp", "kernels", "ops", "params"}
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=relative)
+def test_cpp_file_includes_only_layers_below(path):
+    own, others = includes(path)
+    for header in own:
+        assert (CSRC / header).is_file(), f"{header}: includes are relative to csrc/"
+        assert str(Path(header).parent).startswith(allowed_folders(path)), header
+    for header in others:
+        if header.startswith(TORCH_HEADERS):
+            assert relative(path).startswith(("ops/", "bindings.cpp")), f"{header}: torch is known to ops/ only"
+        if header.startswith(CUTLASS_HEADERS):
+            allowed = relative(path).startswith("kernels/") or header == "cutlass/version.h"
+            assert allowed, f"{header}: CUTLASS is known to kernels/ only"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_python_module_imports_only_layers_below(path):
+    rank = {module: index for index, layer in enumerate(PYTHON_LAYERS) for module in layer}
+    assert path.stem in rank, "give the new module its place in PYTHON_LAYERS"
+    for module in imported_modules(path):
+        top, _, rest = module.partition(".")
+        if top == "flash_mla":
+            imported = rest.partition(".")[0] or "__init__"
+            assert rank[imported] < rank[path.stem], f"{path.stem} imports {imported}"
+        else:
+            assert top == "torch" or top in sys.stdlib_module_names, f"{path.stem} imports {module}"
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Absolute names of the imported modules; `from flash_mla import ops` counts as flash_mla.ops."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            if node.module == "flash_mla":
+                modules += [f"flash_mla.{alias.name}" for alias in node.names]
+            else:
+                modules.append(node.module)
+    return modules
+
+
+def test_constants_are_the_same_on_host_and_device():
+    text = (CSRC / "params" / "work_division.h").read_text()
+    of_device = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+    assert of_device == {
+        "kPageSize": schedule.PAGE_SIZE,
+        "kBlockM": schedule.BLOCK_M,
+        "kMaxLanes": schedule.MAX_LANES,
+        "kSplitOverheadBlocks": schedule.SPLIT_OVERHEAD_BLOCKS,
+        "kMinBlocksPerSplit": schedule.MIN_BLOCKS_PER_SPLIT,
+        "kHeadDim": checks.HEAD_DIM,
+        "kHeadDimV": checks.HEAD_DIM_V,
+    }
+    others = [path for path in CPP_FILES if path.name != "work_division.h"]
+    for name in of_device:
+        assert not [path for path in others if re.search(rf"constexpr int {name}\b", path.read_text())], name
+
+
+GRID_PROGRAM = """
+#include <cstdio>
+#include "params/work_division.h"
+int main() {
+    int rows, heads, sms;
+    std::printf("%d\\n", flash_mla::kWorkerRowInts);
+    while (std::scanf("%d %d %d", &rows, &heads, &sms) == 3) {
+        auto const grid = flash_mla::worker_grid(rows, heads, sms);
+        std::printf("%d %d %d\\n", grid.num_lanes, grid.num_workers, grid.tiles_per_request);
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")
+def test_worker_grid_is_the_same_on_host_and_device(tmp_path):
+    source, program = tmp_path / "grid.cpp", tmp_path / "grid"
+    source.write_text(GRID_PROGRAM)
+    subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
+    row_counts = [*range(1, 1200, 13), *(64 * tiles + extra for tiles in (1, 2, 7, 8, 9, 33, 256) for extra in (0, 1))]
+    cases = [(rows, heads, sms) for rows in row_counts for heads in (1, 3) for sms in (1, 2, 7, 78, 114, 132, 144)]
+    given = "\n".join(" ".join(map(str, case)) for case in cases)
+    process = subprocess.run([str(program)], input=given, capture_output=True, text=True, check=True)
+    columns, *lines = process.stdout.splitlines()
+    assert int(columns) == schedule.METADATA_COLUMNS
+    assert [tuple(map(int, line.split())) for line in lines] == [tuple(schedule.worker_grid(*case)) for case in cases]
+
+
+def op_names() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.partition("::")[2] for name in names if name.startswith("flash_mla::")}
+
+
+def test_schemas_are_defined_once():
+    sources = {path: path.read_text() for path in (*CPP_FILES, *PACKAGE.glob("*.py"))}
+    definition = r"torch\.library\.Library\(|\bcustom_op\(|\bTORCH_LIBRARY(_FRAGMENT)?\(|\b(library|m)\.def\("
+    assert [path.name for path, text in sources.items() if re.search(definition, text)] == ["ops.py"]
+    for name in op_names():
+        schema = rf"\b{name}\((Tensor (?!const)\w|\{{_)[^\n]*"
+        found = [(path.name, hit[0]) for path, text in sources.items() for hit in re.finditer(schema, text)]
+        assert [file for file, _ in found] == ["ops.py"], found
+
+
+def test_every_op_has_a_cuda_implementation():
+    implemented = re.findall(r'library\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
+    assert sorted(implemented) == sorted(op_names())

@@ -1,0 +1,258 @@
+"""Which CUDA compiler the build takes, what it says where there is none, and an installation without kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools import requirements, toolchain
+from build_tools.toolchain import PYPI_CUDA_VERSION, PYPI_NVCC_PACKAGES, ToolchainError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def make_toolkit(home: Path, version: str = "13.0", library_dir: str = "lib64") -> Path:
+    """The outline of a CUDA toolkit: an nvcc that answers what the build asks it, and empty files for the rest."""
+    make_executable(
+        home / "bin" / "nvcc",
+        f'case "$1" in\n--version) echo "Cuda compilation tools, release {version}, V{version}.88";;\n'
+        f'--dryrun) echo "#\\$ TOP={home}/bin/..";;\nesac',
+    )
+    files = ("include/cuda_runtime.h", "include/crt/host_config.h", "include/cccl/cuda/std/utility", "nvvm/bin/cicc")
+    for name in (*files, f"{library_dir}/libcudart.so.{version.split('.')[0]}"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    return home
+
+
+def make_wheels(site_packages: Path, version: str = "13.0", package_versions: dict[str, str] | None = None) -> Path:
+    """What the compiler's wheels leave in site-packages."""
+    for package in PYPI_NVCC_PACKAGES:
+        package_version = (package_versions or {}).get(package, f"{version}.88")
+        info = site_packages / f"{package.replace('-', '_')}-{package_version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {package_version}\n")
+    return make_toolkit(site_packages / "nvidia" / f"cu{version.split('.')[0]}", version, library_dir="lib")
+
+
+@pytest.fixture
+def find(tmp_path):
+    """find_cuda for a torch of CUDA 13.0 on a machine that has nothing but what is named."""
+
+    def find_cuda(torch_cuda_version="13.0", search_path=(), default_home=tmp_path / "nowhere", **environ):
+        environ.setdefault("PATH", str(tmp_path / "nowhere"))
+        return toolchain.find_cuda(torch_cuda_version, environ, list(map(str, search_path)), Path(default_home))
+
+    return find_cuda
+
+
+def test_cuda_home_comes_first(find, tmp_path):
+    chosen, other = make_toolkit(tmp_path / "chosen"), make_toolkit(tmp_path / "other")
+    cuda = find(CUDA_HOME=str(chosen), PATH=f"{other / 'bin'}:/usr/bin:/bin", default_home=other)
+    assert cuda.nvcc == chosen / "bin" / "nvcc"
+    assert cuda.version == "13.0"
+    assert cuda.include_dirs == (chosen / "include",)
+    assert cuda.library_dirs == (chosen / "lib64",)
+    assert cuda.runtime_library == "libcudart.so.13"
+
+
+def test_nvcc_on_path_may_be_a_wrapper_in_another_folder(find, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    wrapper = make_executable(tmp_path / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
+    cuda = find(PATH=f"{wrapper.parent}:/usr/bin:/bin")
+    assert cuda.home == home
+    assert cuda.nvcc == home / "bin" / "nvcc"
+
+
+def test_default_folder(find, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    assert find(default_home=home).home == home
+
+
+def test_newer_minor_version_of_a_toolkit_is_taken(find, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit", version="13.2")
+    assert find(default_home=home).version == "13.2"
+
+
+def test_unusable_toolkits_are_passed_over(find, tmp_path):
+    old, new = make_toolkit(tmp_path / "old", version="12.4"), make_toolkit(tmp_path / "new")
+    assert find(CUDA_HOME=str(old), default_home=new).home == new
+
+
+def test_wheels_serve_where_there_is_no_toolkit(find, tmp_path):
+    home = make_wheels(tmp_path / "site-packages")
+    cuda = find(search_path=[tmp_path / "empty", tmp_path / "site-packages"])
+    assert cuda.home == home
+    assert cuda.library_dirs == (home / "lib",)
+
+
+def test_toolkit_is_preferred_to_wheels(find, tmp_path):
+    make_wheels(tmp_path / "site-packages")
+    home = make_toolkit(tmp_path / "toolkit")
+    assert find(search_path=[tmp_path / "site-packages"], default_home=home).home == home
+
+
+@pytest.mark.parametrize("package", PYPI_NVCC_PACKAGES)
+def test_wheels_of_mixed_versions_are_refused(find, tmp_path, package):
+    make_wheels(tmp_path / "site-packages", package_versions={package: "13.1.5"})
+    with pytest.raises(ToolchainError, match=rf"{package} 13\.1\.5 does not fit torch's CUDA 13\.0"):
+        find(search_path=[tmp_path / "site-packages"])
+
+
+def test_missing_wheel_is_named(find, tmp_path):
+    make_wheels(tmp_path / "site-packages")
+    shutil.rmtree(tmp_path / "site-packages" / "nvidia_nvvm-13.0.88.dist-info")
+    with pytest.raises(ToolchainError, match="nvidia-nvvm is not installed beside nvcc"):
+        find(search_path=[tmp_path / "site-packages"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("bin/nvcc", "nvcc does not exist"),
+        ("nvvm/bin/cicc", "cicc does not exist"),
+        ("include/crt/host_config.h", "no crt/host_config.h"),
+        ("include/cccl/cuda/std/utility", "no cccl/cuda/std/utility"),
+        ("lib64/libcudart.so.13", "no libcudart.so.13"),
+    ],
+)
+def test_incomplete_toolkit_says_what_is_missing(find, tmp_path, missing, message):
+    home = make_toolkit(tmp_path / "toolkit")
+    (home / missing).unlink()
+    with pytest.raises(ToolchainError, match=message):
+        find(CUDA_HOME=str(home))
+
+
+def test_every_candidate_is_accounted_for_in_one_line(find, tmp_path):
+    old = make_toolkit(tmp_path / "old", version="12.4")
+    broken = make_executable(tmp_path / "bin" / "nvcc", "exit 3")
+    with pytest.raises(ToolchainError) as refusal:
+        find(CUDA_HOME=str(old), PATH=f"{broken.parent}:/usr/bin:/bin")
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert "no nvcc of CUDA 13 (the version of torch) was found" in message
+    assert f"CUDA_HOME: {old}/bin/nvcc is of CUDA 12.4, torch of CUDA 13.0" in message
+    assert f"PATH: {broken} --version names no release" in message
+
+
+def test_compiler_wheels_are_needed_only_where_there_is_no_toolkit(tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain, "DEFAULT_CUDA_HOME", tmp_path / "nowhere")
+    nothing = {"PATH": str(tmp_path / "nowhere")}
+    assert toolchain.needs_pypi_nvcc(nothing)
+    assert not toolchain.needs_pypi_nvcc({**nothing, "FLASH_MLA_CUDA": "0"})
+    assert not toolchain.needs_pypi_nvcc({**nothing, "CUDA_HOME": str(make_toolkit(tmp_path / "toolkit"))})
+    assert toolchain.needs_pypi_nvcc({**nothing, "CUDA_HOME": str(make_toolkit(tmp_path / "old", version="12.4"))})
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_requirements_of_the_build_and_of_extras(monkeypatch, needed):
+    monkeypatch.setattr(requirements, "needs_pypi_nvcc", lambda: needed)
+    listed = requirements.requirements(["test"])
+    assert {"torch==2.11.0", "nvidia-cutlass==4.2.0.0"} <= set(listed)
+    assert any(each.startswith("pytest") for each in listed)
+    compilers = [each.partition(";")[0] for each in listed if each.startswith(PYPI_NVCC_PACKAGES)]
+    # torch brings the headers of the runtime.
+    expected = [f"{package}=={PYPI_CUDA_VERSION}.*" for package in PYPI_NVCC_PACKAGES if "runtime" not in package]
+    assert compilers == (expected if needed else [])
+
+
+def test_plan_without_kernels_on_request():
+    plan = toolchain.plan_build({"FLASH_MLA_CUDA": "0"})
+    assert plan.cuda is None and not plan.required
+    expected = "flash_mla: building without CUDA kernels: FLASH_MLA_CUDA=0 was set when the package was installed"
+    assert plan.summary() == expected
+    assert plan.build_info()["cuda"] is False
+
+
+@pytest.mark.parametrize(("choice", "required"), [("1", True), ("auto", False), ("", False)])
+def test_plan_gives_the_reason_when_kernels_cannot_be_built(monkeypatch, choice, required):
+    def find_no_torch():
+        raise ToolchainError("torch cannot be imported (No module named 'torch')")
+
+    monkeypatch.setattr(toolchain, "find_torch", find_no_torch)
+    plan = toolchain.plan_build({"FLASH_MLA_CUDA": choice})
+    assert plan.cuda is None
+    assert plan.required is required
+    assert plan.build_info()["reason"] == "torch cannot be imported (No module named 'torch')"
+
+
+def test_unknown_choice_is_refused():
+    with pytest.raises(ToolchainError, match="FLASH_MLA_CUDA must be 0, 1 or auto, got 'yes'"):
+        toolchain.plan_build({"FLASH_MLA_CUDA": "yes"})
+
+
+def test_missing_host_compiler_is_named(tmp_path):
+    with pytest.raises(ToolchainError, match=r"no C\+\+ compiler was found \(g\+\+-99\)"):
+        toolchain.require_host_tools({"CXX": "g++-99 -m64", "PATH": str(tmp_path)})
+
+
+@pytest.fixture
+def source_copy(tmp_path):
+    """The package's sources without anything built from them, to build there."""
+    copy = tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for folder in ("flash_mla", "build_tools", "csrc"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def run_pip(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True)
+
+
+WHEEL_OPTIONS = ("wheel", "--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "wheels", ".")
+
+
+def test_wheel_without_kernels(source_copy, tmp_path):
+    process = run_pip(*WHEEL_OPTIONS, cwd=source_copy, FLASH_MLA_CUDA="0")
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output
+    reason = "flash_mla: building without CUDA kernels: FLASH_MLA_CUDA=0 was set when the package was installed"
+    assert output.count(reason) == 1
+
+    (wheel,) = (source_copy / "wheels").glob("flash_mla-*-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"flash_mla/__init__.py", "flash_mla/py.typed", "flash_mla/_build_info.json"} <= set(names)
+    assert not [name for name in names if name.endswith((".so", ".cu", ".cpp"))]
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"flash_mla"}
+
+    # Installed apart from the sources, the package runs and knows why it has no kernels.
+    target = tmp_path / "installed"
+    process = run_pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    program = "import flash_mla; print(flash_mla.__file__, flash_mla.is_available(), flash_mla.unavailable_reason())"
+    # -S keeps away the import hook of an editable installation, which would still offer its flash_mla._C.
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(Path(torch.__file__).parents[1])])}
+    command = [sys.executable, "-S", "-c", program]
+    process = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    file, available, explanation = process.stdout.strip().split(" ", 2)
+    assert Path(file).is_relative_to(target)
+    assert available == "False"
+    assert "FLASH_MLA_CUDA=0" in explanation
+
+
+def test_required_kernels_that_cannot_be_built_are_an_error(source_copy):
+    # A compiler that does not exist stands for any other reason.
+    process = run_pip(*WHEEL_OPTIONS, cwd=source_copy, FLASH_MLA_CUDA="1", CXX="no-such-compiler")
+    output = process.stdout + process.stderr
+    assert process.returncode != 0
+    assert "error: FLASH_MLA_CUDA=1, but the CUDA kernels cannot be built: " in output
+    assert not list(source_copy.glob("wheels/*.whl"))
