@@ -97,9 +97,10 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
     for (int piece = 0; piece < num_pieces; ++piece) {
+        float const w = weight[piece];
+        if (w == 0.f) continue;  // a piece without keys has written none
         float4 const part =
             *reinterpret_cast<float4 const*>(params.out_partial + partial_row(slot_of(piece)) * kHeadDimV + column);
-        float const w = weight[piece];
         sum.x = fmaf(w, part.x, sum.x);
         sum.y = fmaf(w, part.y, sum.y);
         sum.z = fmaf(w, part.z, sum.z);

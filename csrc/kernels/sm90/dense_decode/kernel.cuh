@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
         init_barriers<Traits>(shared.barriers);
+        shared.pieces.init();
         cutlass::arch::fence_barrier_init();
     }
     __syncthreads();

@@ -19,26 +19,34 @@ class LoadCursor {
 public:
     __device__ void begin(DenseDecodeParams const& params) {
         pieces_ = PieceCursor(params);
-        exhausted_ = !pieces_.next_with_keys(params, piece_);
-        block_ = piece_.begin_block;
+        enter_next_piece(params);
     }
 
+    // The piece of the next block, and whether that is its first one. 
+    __device__ Piece const& piece() const { return piece_; }
+    __device__ bool is_exhausted() const { return exhausted_; }
+    __device__ bool begins_piece() const { return begins_piece_; }
+
     __device__ LoadOrder next(DenseDecodeParams const& params) {
+        begins_piece_ = false;
         if (exhausted_) return {0, LoadOrder::kNothing};
         LoadOrder const order{__ldg(params.block_table + piece_.batch * params.block_table_stride + block_),
                               piece_.place.head_kv};
-        if (++block_ == piece_.end_block) {
-            exhausted_ = !pieces_.next_with_keys(params, piece_);
-            block_ = piece_.begin_block;
-        }
+        if (++block_ == piece_.end_block) enter_next_piece(params);
         return order;
     }
 
 private:
+    __device__ void enter_next_piece(DenseDecodeParams const& params) {
+        exhausted_ = !pieces_.next_with_keys(params, piece_);
+        block_ = piece_.begin_block;
+        begins_piece_ = true;
+    }
+
     PieceCursor pieces_;
     Piece piece_;
     int block_;
-    bool exhausted_;
+    bool exhausted_, begins_piece_;
 };
 
 }  // namespace flash_mla::sm90

@@ -24,12 +24,15 @@ struct OutputMainloop {
     int thread;  // in the warpgroup
     BlockPosition<Traits> at = {};
     uint32_t stats_phase = 0;
+    int num_published = 0;  // pieces
 
     __device__ void run() {
         if (thread == 0) load_first_blocks();
-        PieceCursor pieces(params);
-        Piece piece;
-        while (pieces.next(params, piece)) run_piece(piece);
+        for (int index = 0;; ++index) {
+            Piece const& piece = shared.pieces.wait(index);
+            if (piece.batch == PieceQueue::kEnd) return;
+            run_piece(piece);
+        }
     }
 
 private:
@@ -40,10 +43,11 @@ private:
     __device__ void run_piece(Piece const& piece) {
         Outputs outputs;
         cute::clear(outputs);
-        for (int block = piece.begin_block; block < piece.end_block; ++block) {
+        int const end_block = piece.end_block, seqlen = piece.seqlen;
+        for (int block = piece.begin_block; block < end_block; ++block) {
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
             if (shared.must_rescale[at.slot()][thread / 32]) rescale(outputs);
-            int const num_keys = piece.seqlen - block * kPageSize;
+            int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             multiply(outputs);
             refill();
@@ -89,7 +93,7 @@ private:
             cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
-        if (thread == 0) order_of(Traits::kNumStages) = shared.loads[half()].next(params);
+        if (thread == 0) order_of(Traits::kNumStages) = take_order();
         warpgroup_wait<0>();
         fence_outputs(outputs);
     }
@@ -101,11 +105,25 @@ private:
     // What the block `ahead` blocks later is.
     __device__ LoadOrder& order_of(int ahead) { return shared.order[half()][at.order(ahead)]; }
 
+    // The low warpgroup's cursor also tells all warpgroups which pieces there are.
+    __device__ LoadOrder take_order() {
+        LoadCursor& loads = shared.loads[half()];
+        if (role == WarpgroupRole::kOutputLow && loads.begins_piece()) {
+            if (loads.is_exhausted()) {
+                shared.pieces.publish_end(num_published);
+            } else {
+                shared.pieces.publish(num_published, loads.piece());
+            }
+            ++num_published;
+        }
+        return loads.next(params);
+    }
+
     __device__ void load_first_blocks() {
         shared.loads[half()].begin(params);
 #pragma unroll 1
         for (int i = 0; i < Traits::kNumStages; ++i) {
-            LoadOrder const order = shared.loads[half()].next(params);
+            LoadOrder const order = take_order();
             order_of(i) = order;
             if (order.head_kv == LoadOrder::kNothing) continue;
             load_latent<Traits>(params, maps.latent, shared, i, half(), order);
@@ -128,14 +146,14 @@ private:
     }
 
     __device__ void start_copies(LoadOrder const& latent, LoadOrder const& rope) {
-        if (latent.head_kv != LoadOrder::kNothing) {
-            load_latent<Traits>(params, maps.latent, shared, at.stage(), half(), latent);
-            if (role == WarpgroupRole::kOutputHigh) prefetch_rope<Traits>(maps.rope, latent);
-        }
+        // RoPE first: it has one stage less, and the scores need it sooner.
         if (role == WarpgroupRole::kOutputHigh && rope.head_kv != LoadOrder::kNothing) {
             shared.barriers.p_read_by_low[at.slot()].wait(at.slot_phase());
             load_rope<Traits>(params, maps.rope, shared, at.slot(), rope);
         }
+        if (latent.head_kv == LoadOrder::kNothing) return;
+        load_latent<Traits>(params, maps.latent, shared, at.stage(), half(), latent);
+        if (role == WarpgroupRole::kOutputHigh) prefetch_rope<Traits>(maps.rope, latent);
     }
 
     __device__ void store(Piece const& piece, Outputs const& outputs) {

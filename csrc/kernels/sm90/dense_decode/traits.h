@@ -6,6 +6,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "kernels/sm90/dense_decode/load_cursor.h"
+#include "kernels/sm90/dense_decode/piece_queue.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "params/dense_decode.h"
 
@@ -88,6 +89,7 @@ struct DenseDecodeTraits {
         int must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
         LoadCursor loads[2];                // per output warpgroup
         LoadOrder order[2][kNumOrders];
+        alignas(8) PieceQueue pieces;
         alignas(8) Barriers barriers;
     };
 };

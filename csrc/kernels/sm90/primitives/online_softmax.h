@@ -1,8 +1,8 @@
 // Softmax over keys that arrive block by block, for the two rows a thread holds of a 64×N score fragment.
 //
-// Scores are used in the log2 domain. The reference maximum of a row is raised only when a new score exceeds it by
-// more than kSlackLog2: until then probabilities may reach 2^kSlackLog2, which costs no precision in any of the
-// formats, and the accumulated output need not be rescaled.
+// Scores are used in the log2 domain. The reference of a row, which is subtracted from its scores, is raised to their
+// maximum only when one exceeds it by more than kSlackLog2: until then probabilities may reach 2^kSlackLog2, which costs
+// no precision in any of the formats, and neither need the lanes of a row agree on a new one nor the output be rescaled.
 #pragma once
 
 #include <cmath>
@@ -23,39 +23,50 @@ struct OnlineSoftmax {
     static constexpr float kSlackLog2 = 8.f;
     static constexpr float kMinusInfinity = -INFINITY;
 
-    float row_max[kRowsPerThread] = {kMinusInfinity, kMinusInfinity};  // reference, in units of the raw scores
-    float row_sum[kRowsPerThread] = {0.f, 0.f};                        // this thread's columns only
+    float reference[kRowsPerThread] = {kMinusInfinity, kMinusInfinity};  // log2 domain; -inf before the first key
+    float row_sum[kRowsPerThread] = {0.f, 0.f};                          // this thread's columns only
 
-    // Turns scores into probabilities in place. rescale[h] is what earlier output and sums of row h must be multiplied
-    // with; returns whether any lane of the warp has one that is not 1.
+    // Raises the references where this block of scores asks for it. Returns whether any row of the warp had its own
+    // raised; then rescale[h] is what earlier output of row h must be multiplied with.
     template <typename Scores>
-    __device__ bool update(Scores& score, float scale_log2, float (&rescale)[kRowsPerThread]) {
-        constexpr int kNumScores = decltype(cute::size(score))::value;
-        bool raised = false;
+    __device__ bool raise(Scores const& score, float scale_log2, float (&rescale)[kRowsPerThread]) {
+        float largest[kRowsPerThread];
+        bool within = true;
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
-            float block_max = kMinusInfinity;
+            largest[h] = kMinusInfinity;
 #pragma unroll
-            for (int i = 2 * h; i < kNumScores; i += 4) block_max = fmaxf(block_max, fmaxf(score[i], score[i + 1]));
-            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 1));
-            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 2));
-            // With no key seen yet row_max is -inf and any real score raises it.
-            bool const raise = (block_max - row_max[h]) * scale_log2 > kSlackLog2;
-            rescale[h] = raise ? exp2_approx((row_max[h] - block_max) * scale_log2) : 1.f;
-            row_max[h] = raise ? block_max : row_max[h];
-            raised |= raise;
-
-            float const reference = row_max[h] == kMinusInfinity ? 0.f : row_max[h] * scale_log2;
-            float sum = 0.f;
-#pragma unroll
-            for (int i = 2 * h; i < kNumScores; i += 4) {
-                score[i] = exp2_approx(fmaf(score[i], scale_log2, -reference));
-                score[i + 1] = exp2_approx(fmaf(score[i + 1], scale_log2, -reference));
-                sum += score[i] + score[i + 1];
-            }
-            row_sum[h] = row_sum[h] * rescale[h] + sum;
+            for (int i = 2 * h; i < kNumScores<Scores>; i += 4) largest[h] = fmaxf(largest[h], fmaxf(score[i], score[i + 1]));
+            // Not a number, and so not within, as long as there was no key.
+            within &= fmaf(largest[h], scale_log2, -reference[h]) <= kSlackLog2;
         }
-        return __any_sync(~0u, raised);
+        if (__all_sync(~0u, within)) return false;
+#pragma unroll
+        for (int h = 0; h < kRowsPerThread; ++h) {
+            largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+            largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+            float const raised = largest[h] * scale_log2;
+            bool const raises = raised - reference[h] > kSlackLog2;
+            rescale[h] = raises ? exp2_approx(reference[h] - raised) : 1.f;
+            reference[h] = raises ? raised : reference[h];
+            row_sum[h] *= rescale[h];
+        }
+        return true;
+    }
+
+    // Turns scores into probabilities in place.
+    template <typename Scores>
+    __device__ void exponentiate(Scores& score, float scale_log2) {
+#pragma unroll
+        for (int h = 0; h < kRowsPerThread; ++h) {
+            float const offset = reference[h] == kMinusInfinity ? 0.f : -reference[h];
+#pragma unroll
+            for (int i = 2 * h; i < kNumScores<Scores>; i += 4) {
+                score[i] = exp2_approx(fmaf(score[i], scale_log2, offset));
+                score[i + 1] = exp2_approx(fmaf(score[i + 1], scale_log2, offset));
+                row_sum[h] += score[i] + score[i + 1];
+            }
+        }
     }
 
     // The whole row's sum, and its log2-sum-exp2: -inf for a row that saw no key.
@@ -63,9 +74,13 @@ struct OnlineSoftmax {
         float sum = row_sum[h] + __shfl_xor_sync(~0u, row_sum[h], 1);
         return sum + __shfl_xor_sync(~0u, sum, 2);
     }
-    __device__ float log2_sum(int h, float total, float scale_log2) const {
-        return total == 0.f ? kMinusInfinity : log2f(total) + row_max[h] * scale_log2;
+    __device__ float log2_sum(int h, float total) const {
+        return total == 0.f ? kMinusInfinity : log2f(total) + reference[h];
     }
+
+private:
+    template <typename Scores>
+    static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;
 };
 
 }  // namespace flash_mla::sm90
