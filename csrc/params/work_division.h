@@ -46,6 +46,9 @@ constexpr WorkerGrid worker_grid(int num_rows_per_head_kv, int num_heads_kv, int
     return {best, num_sms / best, num_heads_kv * groups, m_tiles, groups};
 }
 
+// CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.
+constexpr int cluster_size(WorkerGrid const& grid) { return grid.num_lanes % 2 == 0 ? 2 : 1; }
+
 // One row of tile_scheduler_metadata: the stretch of one worker. It names no addresses and no position of its own, so
 // a plan may be copied into any buffer.
 struct alignas(32) WorkerRow {

@@ -51,7 +51,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);
-        barriers.p_read_by_low[slot].init(4);
+        barriers.consumed[slot].init(8 * Traits::kClusterSize);
     }
     barriers.stats_full.init(4);
     barriers.stats_empty.init(8);
@@ -70,18 +70,24 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         shared.pieces.init();
         cutlass::arch::fence_barrier_init();
     }
-    __syncthreads();
+    if constexpr (Traits::kClusterSize > 1) {
+        cute::cluster_sync();
+    } else {
+        __syncthreads();
+    }
     cutlass::arch::launch_dependent_grids();
 
     int const thread = threadIdx.x % 128;
     auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
-        ScoresMainloop<Traits>{params, shared, thread}.run();
+        ScoresMainloop<Traits>{params, maps, shared}.run();
     } else {
         cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
-        OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
+        OutputMainloop<Traits>{params, shared, role, thread}.run();
     }
+    // Nobody leaves while another CTA may still write into its shared memory.
+    if constexpr (Traits::kClusterSize > 1) cute::cluster_sync();
 }
 
 }  // namespace flash_mla::sm90

@@ -15,7 +15,9 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     constexpr auto kType = Traits::kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     constexpr uint32_t kColumns = Traits::kChunkColumns;
     // A stride that is never used must still be a valid one.
-    TensorMapAxis const token{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)};
+    auto const tokens = [&](int box) {
+        return TensorMapAxis{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(box)};
+    };
     TensorMapAxis const head{uint64_t(params.num_heads_kv),
                              params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1};
     TensorMapAxis const page{uint64_t(params.num_blocks),
@@ -24,9 +26,9 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
     cudaError_t const error =
-        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, token, chunk, head, page}});
+        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, tokens(kPageSize), chunk, head, page}});
     if (error != cudaSuccess) return error;
-    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, token, head, page}});
+    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, tokens(Traits::kRopeTokens), head, page}});
 }
 
 // Raises a kernel's shared-memory limit, once per device.
@@ -51,16 +53,23 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess) return error;
-    int const num_ctas = params.grid.num_workers * params.grid.num_lanes;
-    dense_decode_kernel<Traits><<<num_ctas, Traits::kNumThreads, kSharedBytes, stream>>>(params, maps);
-    return cudaGetLastError();
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Traits::kClusterSize, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(params.grid.num_workers * params.grid.num_lanes);
+    config.blockDim = dim3(Traits::kNumThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, dense_decode_kernel<Traits>, params, maps);
 }
 
-// One tile of query rows per KV block is bound by memory, more by the tensor cores.
 template <typename Element>
 cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
-    return params.grid.m_tiles > 1 ? launch_variant<DenseDecodeTraits<Element, true>>(params, stream)
-                                   : launch_variant<DenseDecodeTraits<Element, false>>(params, stream);
+    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2>>(params, stream)
+                                          : launch_variant<DenseDecodeTraits<Element, 1>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -11,38 +11,110 @@
 
 namespace flash_mla::sm90 {
 
-// KV that several lanes read should stay in the L2 until the last of them has it.
-__device__ inline uint64_t cache_hint(DenseDecodeParams const& params) {
-    return static_cast<uint64_t>(params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
-                                                           : cute::TMA::CacheHintSm90::EVICT_FIRST);
-}
-
-// Starts the copy of one half of a block's latent columns; one thread calls it.
+// Brings in the KV blocks of a CTA, in the order of its cursor; one thread calls it. In a cluster each CTA copies one half
+// of the latent columns and some tokens of the RoPE columns, to the same place in both.
 template <typename Traits>
-__device__ void load_latent(DenseDecodeParams const& params, CUtensorMap const& latent_map,
-                            typename Traits::SharedStorage& shared, int stage, int half, LoadOrder const& order) {
-    auto& full = shared.barriers.latent_full[stage][half];
-    full.arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
-    cute::SM90_TMA_LOAD_5D::copy(&latent_map, reinterpret_cast<uint64_t*>(&full), cache_hint(params),
-                                 shared.latent[stage][half * Traits::kChunksPerHalf], 0, 0,
-                                 half * Traits::kChunksPerHalf, order.head_kv, order.page);
-}
+struct BlockLoader {
+    using Barriers = typename Traits::Barriers;
 
-template <typename Traits>
-__device__ void load_rope(DenseDecodeParams const& params, CUtensorMap const& rope_map,
-                          typename Traits::SharedStorage& shared, int slot, LoadOrder const& order) {
-    auto& full = shared.barriers.rope_full[slot];
-    full.arrive_and_expect_tx(Traits::kChunkBytes);
-    cute::SM90_TMA_LOAD_4D::copy(&rope_map, reinterpret_cast<uint64_t*>(&full), cache_hint(params),
-                                 shared.rope_or_p[slot], Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv, order.page);
-}
+    DenseDecodeParams const& params;
+    KMaps const& maps;
+    typename Traits::SharedStorage& shared;
 
-// Into the L2 only: a block's RoPE columns find room in shared memory later than the others.
-template <typename Traits>
-__device__ void prefetch_rope(CUtensorMap const& rope_map, LoadOrder const& order) {
-    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&rope_map, Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv,
-                                           order.page);
-}
+    __device__ void load_first_blocks() const {
+        shared.loads.begin(params);
+#pragma unroll 1
+        for (int i = 0; i <= Traits::kNumStages; ++i) look_up(i);
+        cute::cp_async_wait<0>();
+#pragma unroll 1
+        for (int i = 0; i < Traits::kNumStages; ++i) {
+            if (i < Traits::kNumSlots) load_rope(i, shared.order[i]);
+            load_latent(i, shared.order[i]);
+        }
+    }
+
+    // Once block `freed.count` is consumed, by the whole cluster: refills its places.
+    __device__ void refill(BlockPosition<Traits> const& freed) const {
+        cute::cp_async_wait<0>();
+        LoadOrder const rope = shared.order[order_of(freed.count + Traits::kNumSlots)];
+        if (rope.head_kv == LoadOrder::kNothing) return;
+        shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
+        // RoPE first: the scores need it sooner.
+        load_rope(freed.slot(), rope);
+        LoadOrder const latent = shared.order[order_of(freed.count + Traits::kNumStages)];
+        load_latent(freed.stage(), latent);
+        if (latent.head_kv != LoadOrder::kNothing) prefetch_rope(latent);
+        look_up(freed.count + Traits::kNumStages + 1);
+    }
+
+private:
+    static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
+    __device__ static int rope_column() { return Traits::kLatentChunks * Traits::kChunkColumns; }
+    __device__ static int order_of(uint32_t block) { return block % Traits::kNumOrders; }
+    __device__ static int rank() { return Traits::kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
+
+    // KV that several clusters read should stay in the L2 until the last of them has it.
+    __device__ uint64_t cache_hint() const {
+        return static_cast<uint64_t>(params.grid.num_lanes > Traits::kClusterSize ? cute::TMA::CacheHintSm90::EVICT_NORMAL
+                                                                                  : cute::TMA::CacheHintSm90::EVICT_FIRST);
+    }
+
+    // The pieces are announced to the warpgroups as their first blocks come up.
+    __device__ void look_up(uint32_t block) const {
+        if (shared.loads.begins_piece()) {
+            if (shared.loads.is_exhausted()) {
+                shared.pieces.publish_end();
+            } else {
+                shared.pieces.publish(shared.loads.piece());
+            }
+        }
+        shared.loads.next(params, shared.order[order_of(block)]);
+    }
+
+    __device__ void load_latent(int stage, LoadOrder const& order) const {
+        if (order.head_kv == LoadOrder::kNothing) return;
+        auto& full = shared.barriers.latent_full[stage];
+        for (int half = 0; half < 2; ++half) {
+            full[half].arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
+            if (Traits::kClusterSize == 1 || half == rank()) copy_half(full[half], stage, half, order);
+        }
+    }
+
+    __device__ void copy_half(TransactionBarrier& full, int stage, int half, LoadOrder const& order) const {
+        int const first_chunk = half * Traits::kChunksPerHalf;
+        auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
+        if constexpr (Traits::kClusterSize == 1) {
+            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), shared.latent[stage][first_chunk], 0,
+                                         0, first_chunk, order.head_kv, order.page);
+        } else {
+            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(),
+                                                   shared.latent[stage][first_chunk], 0, 0, first_chunk, order.head_kv,
+                                                   order.page);
+        }
+    }
+
+    __device__ void load_rope(int slot, LoadOrder const& order) const {
+        if (order.head_kv == LoadOrder::kNothing) return;
+        auto& full = shared.barriers.rope_full[slot];
+        full.arrive_and_expect_tx(Traits::kChunkBytes);
+        auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
+        int const first_token = rank() * Traits::kRopeTokens;
+        auto* const target = shared.rope_or_p[slot] + first_token * Traits::kChunkColumns;
+        if constexpr (Traits::kClusterSize == 1) {
+            cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), target, rope_column(), first_token,
+                                         order.head_kv, order.page);
+        } else {
+            cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&maps.rope, bytes_arrived, kToAll, cache_hint(), target, rope_column(),
+                                                   first_token, order.head_kv, order.page);
+        }
+    }
+
+    // Into the L2 only: a block's RoPE columns find room in shared memory later than the others.
+    __device__ void prefetch_rope(LoadOrder const& order) const {
+        cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
+                                               order.page);
+    }
+};
 
 // The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
 template <typename Element>
@@ -82,39 +154,19 @@ __device__ void load_q_shared(DenseDecodeParams const& params, typename Traits::
 template <typename Traits>
 struct QRegisters {
     static constexpr int kNumSteps = Traits::kQRegisterChunks * Traits::kStepsPerChunk;
-    static constexpr int kNumGroups = kNumSteps / 2;  // of 32 columns: 16 bytes a lane
 
     // Word 4·step + 2·c + h is the pair of columns 16·step + 8·c + 2·(t % 4) of the thread's row h.
     uint32_t word[kNumSteps * 4];
 
-    __device__ uint32_t& at(int group, int tile, int h) { return word[8 * group + 2 * tile + h]; }
-
-    // Starts the loads; until finish() each lane holds 8 columns in a row.
+    // Word by word, straight to where they are used: wider loads would need as many registers again to sort them.
     __device__ void load(DenseDecodeParams const& params, Piece const& piece, int thread) {
         using Element = typename Traits::Element;
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
-            auto const* const row = reinterpret_cast<uint4 const*>(
-                q_row<Element>(params, piece, fragment_row(thread, h)) + thread % 4 * 8);
+            auto const* const pairs =
+                reinterpret_cast<uint32_t const*>(q_row<Element>(params, piece, fragment_row(thread, h))) + thread % 4;
 #pragma unroll
-            for (int group = 0; group < kNumGroups; ++group) {
-                uint4 const columns = __ldg(row + 4 * group);
-                at(group, 0, h) = columns.x, at(group, 1, h) = columns.y;
-                at(group, 2, h) = columns.z, at(group, 3, h) = columns.w;
-            }
-        }
-    }
-
-    __device__ void finish() {
-#pragma unroll
-        for (int group = 0; group < kNumGroups; ++group) {
-#pragma unroll
-            for (int h = 0; h < kRowsPerThread; ++h) {
-                uint32_t tile[4] = {at(group, 0, h), at(group, 1, h), at(group, 2, h), at(group, 3, h)};
-                transpose_in_quad(tile);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) at(group, i, h) = tile[i];
-            }
+            for (int i = 0; i < 2 * kNumSteps; ++i) word[2 * i + h] = __ldg(pairs + 4 * i);
         }
     }
 };

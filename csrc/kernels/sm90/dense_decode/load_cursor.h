@@ -1,6 +1,8 @@
 // The order in which KV blocks come into shared memory.
 #pragma once
 
+#include <cute/arch/copy_sm80.hpp>
+
 #include "kernels/sm90/dense_decode/pieces.h"
 
 namespace flash_mla::sm90 {
@@ -13,8 +15,8 @@ struct LoadOrder {
     int head_kv;  // or kNothing
 };
 
-// Yields the KV blocks of all pieces of a CTA in the order in which they are consumed. One thread advances it, while it
-// would else wait for the tensor cores; it lives in shared memory because registers are dearer.
+// Yields the KV blocks of all pieces of a CTA in the order in which they are consumed. One thread advances it; it lives in
+// shared memory because registers are dearer.
 class LoadCursor {
 public:
     __device__ void begin(DenseDecodeParams const& params) {
@@ -22,18 +24,24 @@ public:
         enter_next_piece(params);
     }
 
-    // The piece of the next block, and whether that is its first one. 
+    // The piece of the next block, and whether that is its first one.
     __device__ Piece const& piece() const { return piece_; }
     __device__ bool is_exhausted() const { return exhausted_; }
     __device__ bool begins_piece() const { return begins_piece_; }
 
-    __device__ LoadOrder next(DenseDecodeParams const& params) {
+    // Starts to look up the next block: the page is in the order after cp_async_wait, nobody stalls on the block table.
+    __device__ void next(DenseDecodeParams const& params, LoadOrder& order) {
         begins_piece_ = false;
-        if (exhausted_) return {0, LoadOrder::kNothing};
-        LoadOrder const order{__ldg(params.block_table + piece_.batch * params.block_table_stride + block_),
-                              piece_.place.head_kv};
+        if (exhausted_) {
+            order.head_kv = LoadOrder::kNothing;
+            return;
+        }
+        order.head_kv = piece_.place.head_kv;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(cute::cast_smem_ptr_to_uint(&order.page)),
+                     "l"(params.block_table + piece_.batch * params.block_table_stride + block_)
+                     : "memory");
+        cute::cp_async_fence();
         if (++block_ == piece_.end_block) enter_next_piece(params);
-        return order;
     }
 
 private:

@@ -1,8 +1,6 @@
-// An output warpgroup: O = P·V for one half of the latent columns, kept in registers, and its way to global memory. What
-// it has freed it fills again: it starts the copies of the next KV block itself.
+// An output warpgroup: O = P·V for one half of the latent columns, kept in registers, and its way to global memory.
 #pragma once
 
-#include "kernels/sm90/dense_decode/load.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/fragment.h"
 
@@ -18,19 +16,16 @@ struct OutputMainloop {
         typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
-    KMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
     int thread;  // in the warpgroup
     BlockPosition<Traits> at = {};
     uint32_t stats_phase = 0;
-    int num_published = 0;  // pieces
 
     __device__ void run() {
-        if (thread == 0) load_first_blocks();
         for (int index = 0;; ++index) {
             Piece const& piece = shared.pieces.wait(index);
-            if (piece.batch == PieceQueue::kEnd) return;
+            if (piece.is_end()) return;
             run_piece(piece);
         }
     }
@@ -50,7 +45,7 @@ private:
             int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             multiply(outputs);
-            refill();
+            cluster_arrive(shared.barriers.consumed[at.slot()]);
             at.advance();
         }
         store(piece, outputs);
@@ -93,7 +88,6 @@ private:
             cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
-        if (thread == 0) order_of(Traits::kNumStages) = take_order();
         warpgroup_wait<0>();
         fence_outputs(outputs);
     }
@@ -102,58 +96,14 @@ private:
         cute::warpgroup_fence_operand(outputs);
     }
 
-    // What the block `ahead` blocks later is.
-    __device__ LoadOrder& order_of(int ahead) { return shared.order[half()][at.order(ahead)]; }
-
-    // The low warpgroup's cursor also tells all warpgroups which pieces there are.
-    __device__ LoadOrder take_order() {
-        LoadCursor& loads = shared.loads[half()];
-        if (role == WarpgroupRole::kOutputLow && loads.begins_piece()) {
-            if (loads.is_exhausted()) {
-                shared.pieces.publish_end(num_published);
-            } else {
-                shared.pieces.publish(num_published, loads.piece());
-            }
-            ++num_published;
-        }
-        return loads.next(params);
-    }
-
-    __device__ void load_first_blocks() {
-        shared.loads[half()].begin(params);
-#pragma unroll 1
-        for (int i = 0; i < Traits::kNumStages; ++i) {
-            LoadOrder const order = take_order();
-            order_of(i) = order;
-            if (order.head_kv == LoadOrder::kNothing) continue;
-            load_latent<Traits>(params, maps.latent, shared, i, half(), order);
-            if (role == WarpgroupRole::kOutputHigh && i < Traits::kNumSlots) {
-                load_rope<Traits>(params, maps.rope, shared, i, order);
-            }
-        }
-    }
-
-    // The columns of V that this warpgroup read are free once its four warps are through; P's place, which is RoPE's,
-    // once the other warpgroup is through as well.
-    __device__ void refill() {
-        if (role == WarpgroupRole::kOutputLow) warp_arrive(shared.barriers.p_read_by_low[at.slot()]);
-        if (thread < 32) {
-            cutlass::arch::NamedBarrier::sync(128, barrier());
-            if (thread == 0) start_copies(order_of(Traits::kNumStages), order_of(Traits::kNumSlots));
+    // Every CTA of the cluster writes into every other's shared memory.
+    __device__ void cluster_arrive(Barrier const& barrier) const {
+        __syncwarp();
+        if constexpr (Traits::kClusterSize == 1) {
+            if (thread % 32 == 0) barrier.arrive();
         } else {
-            cutlass::arch::NamedBarrier::arrive(128, barrier());
+            if (thread % 32 < Traits::kClusterSize) barrier.arrive(thread % 32);
         }
-    }
-
-    __device__ void start_copies(LoadOrder const& latent, LoadOrder const& rope) {
-        // RoPE first: it has one stage less, and the scores need it sooner.
-        if (role == WarpgroupRole::kOutputHigh && rope.head_kv != LoadOrder::kNothing) {
-            shared.barriers.p_read_by_low[at.slot()].wait(at.slot_phase());
-            load_rope<Traits>(params, maps.rope, shared, at.slot(), rope);
-        }
-        if (latent.head_kv == LoadOrder::kNothing) return;
-        load_latent<Traits>(params, maps.latent, shared, at.stage(), half(), latent);
-        if (role == WarpgroupRole::kOutputHigh) prefetch_rope<Traits>(maps.rope, latent);
     }
 
     __device__ void store(Piece const& piece, Outputs const& outputs) {

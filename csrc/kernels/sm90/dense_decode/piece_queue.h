@@ -10,25 +10,30 @@ namespace flash_mla::sm90 {
 // the other, so with at least one block per piece no more than 6 pieces are in use.
 struct PieceQueue {
     static constexpr int kCapacity = 8;
-    static constexpr int kEnd = -1;  // as batch: there are no more
 
     Piece piece[kCapacity];
     Barrier full[kCapacity];
+    int num_published;  // the publisher's own
 
     __device__ void init() {
         for (auto& barrier : full) barrier.init(1);
+        num_published = 0;
     }
-    __device__ void publish(int index, Piece const& next) {
-        piece[index % kCapacity] = next;
-        full[index % kCapacity].arrive();
+    __device__ void publish(Piece const& next) {
+        int const index = num_published++ % kCapacity;
+        piece[index] = next;
+        full[index].arrive();
     }
-    __device__ void publish_end(int index) {
-        piece[index % kCapacity].batch = kEnd;
-        full[index % kCapacity].arrive();
+    __device__ void publish_end() {
+        int const index = num_published++ % kCapacity;
+        piece[index].batch = Piece::kEnd;
+        full[index].arrive();
     }
-    __device__ Piece const& wait(int index) {
+    // Of a piece that is there.
+    __device__ Piece const& get(int index) const { return piece[index % kCapacity]; }
+    __device__ Piece const& wait(int index) const {
         full[index % kCapacity].wait(index / kCapacity % 2);
-        return piece[index % kCapacity];
+        return get(index);
     }
 };
 

@@ -7,13 +7,16 @@ namespace flash_mla::sm90 {
 
 struct Piece {
     static constexpr int kWholeTile = -1;
+    static constexpr int kEnd = -1;
 
-    int batch;
+    int batch;  // or kEnd: there are no more
     TilePlace place;
     int begin_block, end_block;
     int seqlen;
     int slot;  // of the partial result, or kWholeTile
 
+    __device__ bool is_end() const { return batch == kEnd; }
+    __device__ int num_blocks() const { return end_block - begin_block; }
     __device__ bool is_partial() const { return slot != kWholeTile; }
     __device__ bool is_empty() const { return begin_block >= end_block; }
 };
@@ -56,7 +59,8 @@ public:
                 tile_ = 0;
                 ++batch_;
             }
-            if (piece.place.m_tile < grid.m_tiles) return true;
+            // A cluster stays together: where its first CTA has rows, the others take part in the loads.
+            if (piece.place.m_tile - lane % cluster_size(grid) < grid.m_tiles) return true;
         }
     }
 

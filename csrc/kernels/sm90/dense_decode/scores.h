@@ -19,80 +19,80 @@ struct ScoresMainloop {
     static constexpr int kStepsPerHalf = Traits::kChunksPerHalf * Traits::kStepsPerChunk;
 
     DenseDecodeParams const& params;
+    KMaps const& maps;
     SharedStorage& shared;
-    int thread;  // in the warpgroup
     BlockPosition<Traits> at = {};
-    uint32_t stats_phase = 0;
     QRegisters<Traits> q = {};
 
-    struct RowLimits {
-        int visible[kRowsPerThread];  // keys before this index are seen
-        int visible_to_all;           // by every row of the tile
-    };
+    // A block's places are free once its output is done: when the tensor cores get to the block after the next one where
+    // its output was held back, else one block earlier.
+    static constexpr int kRefillLag = Traits::kTensorBound ? 2 : 1;
 
     __device__ void run() {
+        if (thread_in_warpgroup_now() == 0) BlockLoader<Traits>{params, maps, shared}.load_first_blocks();
+        load_q(0);
         int index = 0;
-        load_q(index);
-        for (;; ++index) {
-            Piece const& piece = shared.pieces.wait(index);
-            if (piece.batch == PieceQueue::kEnd) break;
+        for (; !shared.pieces.wait(index).is_end(); ++index) {
             OnlineSoftmax softmax;
-            write_all_probabilities(piece, index, softmax);
-            write_stats(piece, softmax);
+            write_all_probabilities(index, softmax);
+            write_stats(index, softmax);
         }
         write_empty_pieces();
     }
 
 private:
-    __device__ void write_all_probabilities(Piece const& piece, int index, OnlineSoftmax& softmax) {
-        RowLimits const limits = row_limits(piece);
-        q.finish();
+    __device__ void write_all_probabilities(int index, OnlineSoftmax& softmax) {
+        int num_keys[kRowsPerThread];  // that a row sees, from the current block on
+        count_keys(shared.pieces.get(index), num_keys);
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
-        int block = piece.begin_block;
-        int const last = piece.end_block - 1;
-        bool previous_is_held = false;
+        int blocks_left = shared.pieces.get(index).num_blocks();
 #pragma unroll 1
-        for (; block <= last; ++block) {
+        do {
             Scores scores;
             issue_scores(scores, [&] {
-                if (Traits::kTensorBound && previous_is_held) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+                if (Traits::kTensorBound && blocks_left != shared.pieces.get(index).num_blocks()) {
+                    warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+                }
+                if (thread_in_warpgroup_now() == 0 && at.count >= kRefillLag) {
+                    BlockLoader<Traits>{params, maps, shared}.refill(at.earlier(kRefillLag));
+                }
+                __syncwarp();
             });
             cute::warpgroup_wait<0>();
             cute::warpgroup_fence_operand(scores);
-            if (block == last) {
+            --blocks_left;
+            if (blocks_left == 0) {
                 sync_warpgroup();
                 load_q(index + 1);
             }
-            write_probabilities(scores, block, limits, softmax);
-            previous_is_held = block != last;
-            if (!Traits::kTensorBound || block == last) warp_arrive(shared.barriers.p_ready[at.slot()]);
+            write_probabilities(scores, num_keys, softmax);
+            if (!Traits::kTensorBound || blocks_left == 0) warp_arrive(shared.barriers.p_ready[at.slot()]);
             at.advance();
-        }
+        } while (blocks_left > 0);
     }
 
     // Starts the gather of the query rows of a piece, if there is one.
     __device__ void load_q(int index) {
         Piece const& piece = shared.pieces.wait(index);
-        if (piece.batch == PieceQueue::kEnd) return;
-        load_q_shared<Traits>(params, shared, piece, thread);
-        q.load(params, piece, thread);
+        if (piece.is_end()) return;
+        load_q_shared<Traits>(params, shared, piece, thread_in_warpgroup_now());
+        q.load(params, piece, thread_in_warpgroup_now());
     }
 
     __device__ static void sync_warpgroup() {
         cutlass::arch::NamedBarrier::sync(128, warpgroup_barrier(WarpgroupRole::kScores));
     }
 
-    __device__ RowLimits row_limits(Piece const& piece) const {
-        RowLimits limits;
+    __device__ void count_keys(Piece const& piece, int (&num_keys)[kRowsPerThread]) const {
+        int const thread = thread_in_warpgroup_now();
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             int const token = query_row(params, piece.place, fragment_row(thread, h)).token;
-            limits.visible[h] = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
+            int const visible = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
+            num_keys[h] = visible - piece.begin_block * kPageSize;
         }
-        limits.visible_to_all = params.causal ? piece.seqlen - params.seqlen_q + 1 : piece.seqlen;
-        return limits;
     }
 
     // Calls near_end when all but the last chunk is in the tensor cores.
@@ -107,7 +107,7 @@ private:
 
         typename Traits::MmaScoresRegisterQ mma_registers;
         typename Traits::MmaScoresSharedQ mma_shared;
-        auto const thread_mma = mma_shared.get_slice(thread);
+        auto const thread_mma = mma_shared.get_slice(0);
         Tensor const s_q = make_tensor(make_smem_ptr(q_shared), typename Traits::template LayoutRows<Traits::kQSharedChunks * Traits::kChunkColumns>{});
         Tensor const s_latent = make_tensor(make_smem_ptr(latent), typename Traits::template LayoutRows<kHeadDimV>{});
         Tensor const s_rope = make_tensor(make_smem_ptr(rope), typename Traits::template LayoutRows<Traits::kChunkColumns>{});
@@ -147,20 +147,22 @@ private:
         warpgroup_commit_batch();
         warpgroup_fence_operand(scores);
     }
-    // Turns the scores of `block` into P, which the output warpgroups see once p_ready is signalled.
-    __device__ void write_probabilities(Scores& scores, int block, RowLimits const& limits, OnlineSoftmax& softmax) {
-        int const first_key = block * kPageSize;
-        if (first_key + kPageSize > limits.visible_to_all) {
+    // Turns scores into P, which the output warpgroups see once p_ready is signalled.
+    __device__ void write_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax) {
+        if (min(num_keys[0], num_keys[1]) < kPageSize) {
+            int const thread = thread_in_warpgroup_now();
 #pragma unroll
             for (int i = 0; i < kNumScores; ++i) {
-                int const key = first_key + fragment_column(thread, i / 4) + i % 2;
-                if (key >= limits.visible[i / 2 % 2]) scores[i] = OnlineSoftmax::kMinusInfinity;
+                int const key = fragment_column(thread, i / 4) + i % 2;
+                if (key >= num_keys[i / 2 % 2]) scores[i] = OnlineSoftmax::kMinusInfinity;
             }
         }
+        num_keys[0] -= kPageSize;
+        num_keys[1] -= kPageSize;
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
 
-        int const warp = thread / 32, lane = thread % 32, slot = at.slot();
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
         if (must_rescale && lane % 4 == 0) {
             shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
             shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
@@ -186,9 +188,10 @@ private:
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.
-    __device__ void write_stats(Piece const& piece, OnlineSoftmax const& softmax) {
-        shared.barriers.stats_empty.wait(stats_phase ^ 1);
-        stats_phase ^= 1;
+    __device__ void write_stats(int index, OnlineSoftmax const& softmax) {
+        Piece const& piece = shared.pieces.get(index);
+        int const thread = thread_in_warpgroup_now();
+        shared.barriers.stats_empty.wait(index % 2 ^ 1);
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             float const total = softmax.total(h);
@@ -219,7 +222,7 @@ private:
     }
 
     __device__ void write_empty(Piece const& piece) const {
-        int const lane = blockIdx.x % params.grid.num_lanes;
+        int const thread = thread_in_warpgroup_now(), lane = blockIdx.x % params.grid.num_lanes;
         for (int row = thread / 32; row < kBlockM; row += 4) {
             QueryRow const at = query_row(params, piece.place, row);
             if (!at.exists) return;

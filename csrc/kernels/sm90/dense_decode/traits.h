@@ -22,12 +22,15 @@ struct KMaps {
     CUtensorMap latent, rope;
 };
 
-template <typename Element_, bool kTensorBound_>
+template <typename Element_, int kClusterSize_>
 struct DenseDecodeTraits {
     using Element = Element_;
-    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are done, so that
-    // they run under its softmax. Where memory is the limit, that would hold a block back until the next has arrived.
-    static constexpr bool kTensorBound = kTensorBound_;
+    // CTAs with other query rows of the same request: each loads its share of a KV block for all of them.
+    static constexpr int kClusterSize = kClusterSize_;
+    static_assert(kClusterSize == 1 || kClusterSize == 2);
+    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are on their way, so
+    // that they run under its softmax. Where memory is the limit, that would hold a block back until the next has come.
+    static constexpr bool kTensorBound = kClusterSize > 1;
 
     static constexpr int kNumThreads = 3 * 128;
     static constexpr int kScoresRegisters = 184;  // together 3 × 168, what a CTA starts with
@@ -71,11 +74,14 @@ struct DenseDecodeTraits {
         std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
                            cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
 
+    // The tokens of RoPE columns that one CTA of a cluster loads.
+    static constexpr int kRopeTokens = kPageSize / kClusterSize;
+
     struct Barriers {
         TransactionBarrier latent_full[kNumStages][2];  // per half
         TransactionBarrier rope_full[kNumSlots];
         Barrier p_ready[kNumSlots];
-        Barrier p_read_by_low[kNumSlots];
+        Barrier consumed[kNumSlots];
         Barrier stats_full, stats_empty;
     };
 
@@ -87,29 +93,25 @@ struct DenseDecodeTraits {
         float rescale[kNumSlots][kBlockM];
         float inverse_sum[kBlockM];
         int must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
-        LoadCursor loads[2];                // per output warpgroup
-        LoadOrder order[2][kNumOrders];
+        LoadCursor loads;
+        LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
         alignas(8) Barriers barriers;
     };
 };
 
-// Where a KV block is: blocks of a CTA are counted through, across pieces.
+// Where a KV block is: blocks of a CTA are counted through, across pieces. All follows from the count: a division by a
+// constant takes fewer instructions than keeping its result would take registers.
 template <typename Traits>
 struct BlockPosition {
-    int count = 0;
-    RingPosition<Traits::kNumStages> latent = {};
+    uint32_t count = 0;
 
-    __device__ int stage() const { return latent.stage; }
-    __device__ uint32_t stage_phase() const { return latent.phase; }
-    __device__ int slot() const { return count % Traits::kNumSlots; }
+    __device__ uint32_t stage() const { return count % Traits::kNumStages; }
+    __device__ uint32_t stage_phase() const { return count / Traits::kNumStages % 2; }
+    __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
     __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
-    // Of the block `ahead` blocks later.
-    __device__ int order(int ahead) const { return (count + ahead) % Traits::kNumOrders; }
-    __device__ void advance() {
-        ++count;
-        latent.advance();
-    }
+    __device__ void advance() { ++count; }
+    __device__ BlockPosition earlier(uint32_t blocks) const { return {count - blocks}; }
 };
 
 }  // namespace flash_mla::sm90

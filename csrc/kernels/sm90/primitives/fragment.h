@@ -13,11 +13,19 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kRowsPerThread = 2;
 
-__device__ inline int fragment_row(int thread_in_warpgroup, int half) {
-    return thread_in_warpgroup / 32 * 16 + thread_in_warpgroup % 32 / 4 + 8 * half;
+// The thread's number in its warpgroup, read anew where it is asked for, so that nothing that follows from it occupies
+// registers between.
+__device__ inline int thread_in_warpgroup_now() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+    return thread % 128;
 }
-__device__ inline int fragment_column(int thread_in_warpgroup, int tile) {
-    return 8 * tile + 2 * (thread_in_warpgroup % 4);
+
+__device__ inline int fragment_row(int thread, int half) {
+    return thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+}
+__device__ inline int fragment_column(int thread, int tile) {
+    return 8 * tile + 2 * (thread % 4);
 }
 
 __device__ inline uint32_t pack_pair(float low, float high, cutlass::bfloat16_t) {
