@@ -45,9 +45,7 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
-    for (auto& halves : barriers.latent_full) {
-        for (auto& full : halves) full.init(1);
-    }
+    for (auto& full : barriers.latent_full) full.init(1);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);
@@ -84,7 +82,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         ScoresMainloop<Traits>{params, maps, shared}.run();
     } else {
         cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
-        OutputMainloop<Traits>{params, shared, role, thread}.run();
+        OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
     // Nobody leaves while another CTA may still write into its shared memory.
     if constexpr (Traits::kClusterSize > 1) cute::cluster_sync();

@@ -11,46 +11,43 @@
 
 namespace flash_mla::sm90 {
 
-// Brings in the KV blocks of a CTA, in the order of its cursor; one thread calls it. In a cluster each CTA copies one half
-// of the latent columns and some tokens of the RoPE columns, to the same place in both.
+// Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns and some tokens of the RoPE
+// columns, to the same place in both.
 template <typename Traits>
 struct BlockLoader {
-    using Barriers = typename Traits::Barriers;
-
     DenseDecodeParams const& params;
     KMaps const& maps;
     typename Traits::SharedStorage& shared;
 
+    // By the thread that looks up the pages.
     __device__ void load_first_blocks() const {
         shared.loads.begin(params);
+        BlockPosition<Traits> at;
 #pragma unroll 1
-        for (int i = 0; i <= Traits::kNumStages; ++i) look_up(i);
+        for (at.count = 0; at.count < Traits::kNumStages; at.advance()) look_up(at);
         cute::cp_async_wait<0>();
 #pragma unroll 1
-        for (int i = 0; i < Traits::kNumStages; ++i) {
-            if (i < Traits::kNumSlots) load_rope(i, shared.order[i]);
-            load_latent(i, shared.order[i]);
+        for (at.count = 0; at.count < Traits::kNumStages; at.advance()) {
+            if (at.count < Traits::kNumSlots) load_rope(at);
+            load_latent(at);
         }
     }
+    __device__ void look_up(BlockPosition<Traits> const& block) const {
+        shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
+    }
 
-    // Once block `freed.count` is consumed, by the whole cluster: refills its places.
+    // Fills the places of a block anew once the whole cluster has consumed it; one thread calls it.
     __device__ void refill(BlockPosition<Traits> const& freed) const {
-        cute::cp_async_wait<0>();
-        LoadOrder const rope = shared.order[order_of(freed.count + Traits::kNumSlots)];
-        if (rope.head_kv == LoadOrder::kNothing) return;
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
-        // RoPE first: the scores need it sooner.
-        load_rope(freed.slot(), rope);
-        LoadOrder const latent = shared.order[order_of(freed.count + Traits::kNumStages)];
-        load_latent(freed.stage(), latent);
-        if (latent.head_kv != LoadOrder::kNothing) prefetch_rope(latent);
-        look_up(freed.count + Traits::kNumStages + 1);
+        // RoPE first: it has one stage less, so the scores need it sooner.
+        load_rope(freed.later(Traits::kNumSlots));
+        load_latent(freed.later(Traits::kNumStages));
     }
 
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
+
     __device__ static int rope_column() { return Traits::kLatentChunks * Traits::kChunkColumns; }
-    __device__ static int order_of(uint32_t block) { return block % Traits::kNumOrders; }
     __device__ static int rank() { return Traits::kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.
@@ -59,47 +56,37 @@ private:
                                                                                   : cute::TMA::CacheHintSm90::EVICT_FIRST);
     }
 
-    // The pieces are announced to the warpgroups as their first blocks come up.
-    __device__ void look_up(uint32_t block) const {
-        if (shared.loads.begins_piece()) {
-            if (shared.loads.is_exhausted()) {
-                shared.pieces.publish_end();
-            } else {
-                shared.pieces.publish(shared.loads.piece());
-            }
-        }
-        shared.loads.next(params, shared.order[order_of(block)]);
-    }
-
-    __device__ void load_latent(int stage, LoadOrder const& order) const {
+    __device__ void load_latent(BlockPosition<Traits> const& block) const {
+        LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.latent_full[stage];
-        for (int half = 0; half < 2; ++half) {
-            full[half].arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
-            if (Traits::kClusterSize == 1 || half == rank()) copy_half(full[half], stage, half, order);
-        }
-    }
-
-    __device__ void copy_half(TransactionBarrier& full, int stage, int half, LoadOrder const& order) const {
-        int const first_chunk = half * Traits::kChunksPerHalf;
+        auto& full = shared.barriers.latent_full[block.stage()];
+        full.arrive_and_expect_tx(Traits::kLatentChunks * Traits::kChunkBytes);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
+        auto* const target = shared.latent[block.stage()];
         if constexpr (Traits::kClusterSize == 1) {
-            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), shared.latent[stage][first_chunk], 0,
-                                         0, first_chunk, order.head_kv, order.page);
+#pragma unroll
+            for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kChunksPerHalf) {
+                cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), target[chunk], 0, 0, chunk,
+                                             order.head_kv, order.page);
+            }
         } else {
-            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(),
-                                                   shared.latent[stage][first_chunk], 0, 0, first_chunk, order.head_kv,
-                                                   order.page);
+            int const chunk = rank() * Traits::kChunksPerHalf;
+            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target[chunk], 0, 0,
+                                                   chunk, order.head_kv, order.page);
         }
+        // Room for the RoPE columns comes later; until then they wait in the L2.
+        cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
+                                               order.page);
     }
 
-    __device__ void load_rope(int slot, LoadOrder const& order) const {
+    __device__ void load_rope(BlockPosition<Traits> const& block) const {
+        LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.rope_full[slot];
+        auto& full = shared.barriers.rope_full[block.slot()];
         full.arrive_and_expect_tx(Traits::kChunkBytes);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
         int const first_token = rank() * Traits::kRopeTokens;
-        auto* const target = shared.rope_or_p[slot] + first_token * Traits::kChunkColumns;
+        auto* const target = shared.rope_or_p[block.slot()] + first_token * Traits::kChunkColumns;
         if constexpr (Traits::kClusterSize == 1) {
             cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), target, rope_column(), first_token,
                                          order.head_kv, order.page);
@@ -107,12 +94,6 @@ private:
             cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&maps.rope, bytes_arrived, kToAll, cache_hint(), target, rope_column(),
                                                    first_token, order.head_kv, order.page);
         }
-    }
-
-    // Into the L2 only: a block's RoPE columns find room in shared memory later than the others.
-    __device__ void prefetch_rope(LoadOrder const& order) const {
-        cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
-                                               order.page);
     }
 };
 

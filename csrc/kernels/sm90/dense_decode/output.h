@@ -1,6 +1,7 @@
 // An output warpgroup: O = P·V for one half of the latent columns, kept in registers, and its way to global memory.
 #pragma once
 
+#include "kernels/sm90/dense_decode/load.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/fragment.h"
 
@@ -16,6 +17,7 @@ struct OutputMainloop {
         typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
+    KMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
     int thread;  // in the warpgroup
@@ -46,6 +48,7 @@ private:
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             multiply(outputs);
             cluster_arrive(shared.barriers.consumed[at.slot()]);
+            if (role == WarpgroupRole::kOutputHigh && thread == 0) BlockLoader<Traits>{params, maps, shared}.refill(at);
             at.advance();
         }
         store(piece, outputs);

@@ -19,16 +19,9 @@ struct PieceQueue {
         for (auto& barrier : full) barrier.init(1);
         num_published = 0;
     }
-    __device__ void publish(Piece const& next) {
-        int const index = num_published++ % kCapacity;
-        piece[index] = next;
-        full[index].arrive();
-    }
-    __device__ void publish_end() {
-        int const index = num_published++ % kCapacity;
-        piece[index].batch = Piece::kEnd;
-        full[index].arrive();
-    }
+    // The piece to fill in, before the others see it.
+    __device__ Piece& next() { return piece[num_published % kCapacity]; }
+    __device__ void publish_next() { full[num_published++ % kCapacity].arrive(); }
     // Of a piece that is there.
     __device__ Piece const& get(int index) const { return piece[index % kCapacity]; }
     __device__ Piece const& wait(int index) const {

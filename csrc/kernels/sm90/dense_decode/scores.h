@@ -16,17 +16,12 @@ struct ScoresMainloop {
                                                        cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
     static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;  // per thread
     static constexpr int kRegisterSteps = QRegisters<Traits>::kNumSteps;
-    static constexpr int kStepsPerHalf = Traits::kChunksPerHalf * Traits::kStepsPerChunk;
 
     DenseDecodeParams const& params;
     KMaps const& maps;
     SharedStorage& shared;
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q = {};
-
-    // A block's places are free once its output is done: when the tensor cores get to the block after the next one where
-    // its output was held back, else one block earlier.
-    static constexpr int kRefillLag = Traits::kTensorBound ? 2 : 1;
 
     __device__ void run() {
         if (thread_in_warpgroup_now() == 0) BlockLoader<Traits>{params, maps, shared}.load_first_blocks();
@@ -51,17 +46,16 @@ private:
 #pragma unroll 1
         do {
             Scores scores;
-            issue_scores(scores, [&] {
-                if (Traits::kTensorBound && blocks_left != shared.pieces.get(index).num_blocks()) {
-                    warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
-                }
-                if (thread_in_warpgroup_now() == 0 && at.count >= kRefillLag) {
-                    BlockLoader<Traits>{params, maps, shared}.refill(at.earlier(kRefillLag));
-                }
-                __syncwarp();
-            });
+            issue_scores(scores);
+            // All but the last chunk are through: the output of the block before may take over the tensor cores.
+            cute::warpgroup_wait<1>();
+            if (Traits::kTensorBound && blocks_left != shared.pieces.get(index).num_blocks()) {
+                warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+            }
             cute::warpgroup_wait<0>();
             cute::warpgroup_fence_operand(scores);
+            // The page looked up meanwhile is there for who sees p_ready.
+            cute::cp_async_wait<0>();
             --blocks_left;
             if (blocks_left == 0) {
                 sync_warpgroup();
@@ -95,9 +89,8 @@ private:
         }
     }
 
-    // Calls near_end when all but the last chunk is in the tensor cores.
-    template <typename NearEnd>
-    __device__ void issue_scores(Scores& scores, NearEnd&& near_end) {
+    // In two groups of wgmma: the latent columns, the RoPE columns.
+    __device__ void issue_scores(Scores& scores) {
         using namespace cute;
         Element* latent = &shared.latent[at.stage()][0][0];
         Element* rope = &shared.rope_or_p[at.slot()][0];
@@ -120,24 +113,22 @@ private:
 
         mma_registers.accumulate_ = GMMA::ScaleOut::Zero;
         warpgroup_fence_operand(scores);
-        shared.barriers.latent_full[at.stage()][0].wait(at.stage_phase());
+        shared.barriers.latent_full[at.stage()].wait(at.stage_phase());
         warpgroup_arrive();
 #pragma unroll
-        for (int step = 0; step < kStepsPerHalf; ++step) {
+        for (int step = 0; step < kRegisterSteps; ++step) {
             cute::gemm(mma_registers, r_q(_, _, step), r_latent(_, _, step), scores);
             mma_registers.accumulate_ = GMMA::ScaleOut::One;
-        }
-        shared.barriers.latent_full[at.stage()][1].wait(at.stage_phase());
-        warpgroup_arrive();
-#pragma unroll
-        for (int step = kStepsPerHalf; step < kRegisterSteps; ++step) {
-            cute::gemm(mma_registers, r_q(_, _, step), r_latent(_, _, step), scores);
         }
 #pragma unroll
         for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
             cute::gemm(mma_shared, r_q_shared(_, _, step), r_latent(_, _, kRegisterSteps + step), scores);
         }
-        near_end();
+        warpgroup_commit_batch();
+        if (thread_in_warpgroup_now() == 0) {
+            BlockLoader<Traits>{params, maps, shared}.look_up(at.later(Traits::kNumStages));
+        }
+        __syncwarp();
         shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
         warpgroup_arrive();
 #pragma unroll
@@ -147,6 +138,7 @@ private:
         warpgroup_commit_batch();
         warpgroup_fence_operand(scores);
     }
+
     // Turns scores into P, which the output warpgroups see once p_ready is signalled.
     __device__ void write_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax) {
         if (min(num_keys[0], num_keys[1]) < kPageSize) {

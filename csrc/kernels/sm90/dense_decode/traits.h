@@ -78,7 +78,7 @@ struct DenseDecodeTraits {
     static constexpr int kRopeTokens = kPageSize / kClusterSize;
 
     struct Barriers {
-        TransactionBarrier latent_full[kNumStages][2];  // per half
+        TransactionBarrier latent_full[kNumStages];
         TransactionBarrier rope_full[kNumSlots];
         Barrier p_ready[kNumSlots];
         Barrier consumed[kNumSlots];
@@ -110,8 +110,9 @@ struct BlockPosition {
     __device__ uint32_t stage_phase() const { return count / Traits::kNumStages % 2; }
     __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
     __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
+    __device__ uint32_t order() const { return count % Traits::kNumOrders; }
     __device__ void advance() { ++count; }
-    __device__ BlockPosition earlier(uint32_t blocks) const { return {count - blocks}; }
+    __device__ BlockPosition later(uint32_t blocks) const { return {count + blocks}; }
 };
 
 }  // namespace flash_mla::sm90
