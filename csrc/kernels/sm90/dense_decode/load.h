@@ -11,6 +11,21 @@
 
 namespace flash_mla::sm90 {
 
+// The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
+template <typename Element>
+__device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
+    QueryRow const at = query_row(params, piece.place, row_in_tile);
+    return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
+           (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
+}
+
+template <typename Element>
+__device__ void prefetch_q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(q_row<Element>(params, piece, row_in_tile)),
+                 "n"(kHeadDim * sizeof(Element))
+                 : "memory");
+}
+
 // Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns and some tokens of the RoPE
 // columns, to the same place in both.
 template <typename Traits>
@@ -19,28 +34,48 @@ struct BlockLoader {
     KMaps const& maps;
     typename Traits::SharedStorage& shared;
 
-    // By the thread that looks up the pages.
-    __device__ void load_first_blocks() const {
-        shared.loads.begin(params);
-        BlockPosition<Traits> at;
+    // By one warp, which alone looks up pages. Calls load_q once the first block is on its way, so that the query rows do
+    // not have to queue behind all the others.
+    template <typename LoadQ>
+    __device__ void load_first_blocks(LoadQ&& load_q) const {
+        bool const is_loading_warp = thread_in_warpgroup_now() < 32, is_loading_thread = thread_in_warpgroup_now() == 0;
+        if (is_loading_warp) {
+            if (is_loading_thread) shared.loads.begin(params);
 #pragma unroll 1
-        for (at.count = 0; at.count < Traits::kNumStages; at.advance()) look_up(at);
-        cute::cp_async_wait<0>();
-#pragma unroll 1
-        for (at.count = 0; at.count < Traits::kNumStages; at.advance()) {
-            if (at.count < Traits::kNumSlots) load_rope(at);
-            load_latent(at);
+            for (uint32_t block = 0; block < Traits::kNumStages; ++block) look_up({block});
+            cute::cp_async_wait<0>();
+            if (is_loading_thread) {
+                load_latent({0});
+                load_rope({0});
+            }
         }
-    }
-    __device__ void look_up(BlockPosition<Traits> const& block) const {
-        shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
+        load_q();
+        if (is_loading_thread) {
+#pragma unroll 1
+            for (uint32_t block = 1; block < Traits::kNumStages; ++block) {
+                load_latent({block});
+                if (block < Traits::kNumSlots) load_rope({block});
+            }
+        }
+        __syncwarp();
     }
 
-    // Fills the places of a block anew once the whole cluster has consumed it; one thread calls it.
-    __device__ void refill(BlockPosition<Traits> const& freed) const {
+    // By the same warp. The query rows of the piece that begins with the block are fetched into the L2.
+    __device__ void look_up(BlockPosition<Traits> const& block) const {
+        int const lane = threadIdx.x % 32;
+        bool enters_piece = false;
+        if (lane == 0) enters_piece = shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
+        if (!__any_sync(~0u, enters_piece)) return;
+        for (int row = lane; row < kBlockM; row += 32) prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
+    }
+
+    // Fill the places of a block anew once the whole cluster has consumed it; each is called by one thread.
+    __device__ void refill_rope(BlockPosition<Traits> const& freed) const {
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
-        // RoPE first: it has one stage less, so the scores need it sooner.
         load_rope(freed.later(Traits::kNumSlots));
+    }
+    __device__ void refill_latent(BlockPosition<Traits> const& freed) const {
+        shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
         load_latent(freed.later(Traits::kNumStages));
     }
 
@@ -96,14 +131,6 @@ private:
         }
     }
 };
-
-// The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
-template <typename Element>
-__device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
-    QueryRow const at = query_row(params, piece.place, row_in_tile);
-    return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
-           (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
-}
 
 // Starts the gather of the last chunks of a tile's query rows into shared memory by one warpgroup. Rows may be strided in
 // every dimension and a tile may cross tokens, so they come 16 bytes at a time, swizzled as wgmma expects.

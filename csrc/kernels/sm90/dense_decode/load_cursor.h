@@ -26,21 +26,23 @@ public:
     }
 
     // Starts to look up the next block: the page is in the order after cp_async_wait, nobody stalls on the block table.
-    __device__ void look_up(DenseDecodeParams const& params, PieceQueue& queue, LoadOrder& order) {
-        if (blocks_left_ == 0) enter_next_piece(params, queue);
+    // Returns whether the block begins a piece.
+    __device__ bool look_up(DenseDecodeParams const& params, PieceQueue& queue, LoadOrder& order) {
+        bool const enters_piece = blocks_left_ == 0 && head_kv_ != LoadOrder::kNothing;
+        if (enters_piece) enter_next_piece(params, queue);
         order.head_kv = head_kv_;
-        if (head_kv_ == LoadOrder::kNothing) return;
+        if (head_kv_ == LoadOrder::kNothing) return false;
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(cute::cast_smem_ptr_to_uint(&order.page)),
                      "l"(pages_)
                      : "memory");
         cute::cp_async_fence();
         ++pages_;
         --blocks_left_;
+        return enters_piece;
     }
 
 private:
     __device__ void enter_next_piece(DenseDecodeParams const& params, PieceQueue& queue) {
-        if (head_kv_ == LoadOrder::kNothing) return;
         Piece& piece = queue.next();
         if (!pieces_.next_with_keys(params, piece)) {
             piece.batch = Piece::kEnd;

@@ -48,7 +48,7 @@ private:
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             multiply(outputs);
             cluster_arrive(shared.barriers.consumed[at.slot()]);
-            if (role == WarpgroupRole::kOutputHigh && thread == 0) BlockLoader<Traits>{params, maps, shared}.refill(at);
+            if (thread == 0) refill();
             at.advance();
         }
         store(piece, outputs);
@@ -106,6 +106,15 @@ private:
             if (thread % 32 == 0) barrier.arrive();
         } else {
             if (thread % 32 < Traits::kClusterSize) barrier.arrive(thread % 32);
+        }
+    }
+
+    __device__ void refill() const {
+        BlockLoader<Traits> const loader{params, maps, shared};
+        if (role == WarpgroupRole::kOutputLow) {
+            loader.refill_rope(at);
+        } else {
+            loader.refill_latent(at);
         }
     }
 

@@ -14,14 +14,16 @@ struct PieceQueue {
     Piece piece[kCapacity];
     Barrier full[kCapacity];
     int num_published;  // the publisher's own
+    int next_scores;    // the next piece of the scores warpgroup: in a register it would be one too many
 
     __device__ void init() {
         for (auto& barrier : full) barrier.init(1);
-        num_published = 0;
+        num_published = next_scores = 0;
     }
     // The piece to fill in, before the others see it.
     __device__ Piece& next() { return piece[num_published % kCapacity]; }
     __device__ void publish_next() { full[num_published++ % kCapacity].arrive(); }
+    __device__ Piece const& latest() const { return piece[(num_published + kCapacity - 1) % kCapacity]; }
     // Of a piece that is there.
     __device__ Piece const& get(int index) const { return piece[index % kCapacity]; }
     __device__ Piece const& wait(int index) const {

@@ -4,6 +4,7 @@
 #include "kernels/sm90/dense_decode/load.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/online_softmax.h"
+#include "kernels/sm90/primitives/swizzled_operand.h"
 
 namespace flash_mla::sm90 {
 
@@ -23,53 +24,85 @@ struct ScoresMainloop {
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q = {};
 
+    struct Probabilities {
+        uint32_t word[kNumScores / 2];  // pairs, in the input type
+        float rescale[kRowsPerThread];
+        bool must_rescale;
+    };
+
     __device__ void run() {
-        if (thread_in_warpgroup_now() == 0) BlockLoader<Traits>{params, maps, shared}.load_first_blocks();
-        load_q(0);
-        int index = 0;
-        for (; !shared.pieces.wait(index).is_end(); ++index) {
+        loader().load_first_blocks([&] { load_next_q(); });
+        while (!next_piece().is_end()) {
             OnlineSoftmax softmax;
-            write_all_probabilities(index, softmax);
-            write_stats(index, softmax);
+            write_all_probabilities(softmax);
+            write_stats(softmax);
         }
         write_empty_pieces();
     }
 
 private:
-    __device__ void write_all_probabilities(int index, OnlineSoftmax& softmax) {
+    __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
+    __device__ Piece const& next_piece() const { return shared.pieces.wait(shared.pieces.next_scores); }
+
+    __device__ void write_all_probabilities(OnlineSoftmax& softmax) {
+        Piece const& piece = next_piece();
         int num_keys[kRowsPerThread];  // that a row sees, from the current block on
-        count_keys(shared.pieces.get(index), num_keys);
+        count_keys(piece, num_keys);
+        // What is left but the last one; a bit tells the first block, in the same register.
+        constexpr uint32_t kFirst = 1u << 31;
+        uint32_t blocks_left = (piece.num_blocks() - 1) | kFirst;
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
-        int blocks_left = shared.pieces.get(index).num_blocks();
+        if (thread_in_warpgroup_now() == 0) ++shared.pieces.next_scores;
+
+        Scores scores;
+        Probabilities p;
+        issue_first_latent_scores(scores, at);
 #pragma unroll 1
-        do {
-            Scores scores;
-            issue_scores(scores);
-            // All but the last chunk are through: the output of the block before may take over the tensor cores.
-            cute::warpgroup_wait<1>();
-            if (Traits::kTensorBound && blocks_left != shared.pieces.get(index).num_blocks()) {
-                warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+        for (; (blocks_left & ~kFirst) != 0; blocks_left = (blocks_left & ~kFirst) - 1) {
+            finish_scores(scores, (blocks_left & kFirst) == 0);
+            make_probabilities(scores, num_keys, softmax, p);
+            if constexpr (Traits::kTensorBound) {
+                // The tensor cores go on while P is on its way.
+                issue_first_latent_scores(scores, at.later(1));
+                store_probabilities(p);
+            } else {
+                store_probabilities(p);
+                warp_arrive(shared.barriers.p_ready[at.slot()]);
+                issue_first_latent_scores(scores, at.later(1));
             }
-            cute::warpgroup_wait<0>();
-            cute::warpgroup_fence_operand(scores);
-            // The page looked up meanwhile is there for who sees p_ready.
-            cute::cp_async_wait<0>();
-            --blocks_left;
-            if (blocks_left == 0) {
-                sync_warpgroup();
-                load_q(index + 1);
-            }
-            write_probabilities(scores, num_keys, softmax);
-            if (!Traits::kTensorBound || blocks_left == 0) warp_arrive(shared.barriers.p_ready[at.slot()]);
             at.advance();
-        } while (blocks_left > 0);
+        }
+        finish_scores(scores, (blocks_left & kFirst) == 0);
+        sync_warpgroup();
+        load_next_q();
+        make_probabilities(scores, num_keys, softmax, p);
+        store_probabilities(p);
+        warp_arrive(shared.barriers.p_ready[at.slot()]);
+        at.advance();
     }
 
-    // Starts the gather of the query rows of a piece, if there is one.
-    __device__ void load_q(int index) {
-        Piece const& piece = shared.pieces.wait(index);
+    // Completes the scores of the current block.
+    __device__ void finish_scores(Scores& scores, bool previous_is_held) {
+        issue_other_latent_scores(scores);
+        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kNumStages));
+        issue_rope_scores(scores);
+        if constexpr (Traits::kTensorBound) {
+            // The output of the block before may begin: by the time it does, the tensor cores are nearly through with these
+            // scores, and then busy with the output while the softmax is computed.
+            cute::warpgroup_wait<2>();
+            if (previous_is_held) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
+        }
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(scores);
+        // The page looked up meanwhile is there for who sees p_ready.
+        cute::cp_async_wait<0>();
+    }
+
+    // Starts the gather of the query rows of the next piece, if there is one.
+    __device__ void load_next_q() {
+        Piece const& piece = next_piece();
         if (piece.is_end()) return;
         load_q_shared<Traits>(params, shared, piece, thread_in_warpgroup_now());
         q.load(params, piece, thread_in_warpgroup_now());
@@ -89,58 +122,73 @@ private:
         }
     }
 
-    // In two groups of wgmma: the latent columns, the RoPE columns.
-    __device__ void issue_scores(Scores& scores) {
-        using namespace cute;
-        Element* latent = &shared.latent[at.stage()][0][0];
-        Element* rope = &shared.rope_or_p[at.slot()][0];
-        Element* q_shared = &shared.q[0][0];
-        // Without this the descriptors of all steps are kept in registers across blocks.
-        asm volatile("" : "+l"(latent), "+l"(rope), "+l"(q_shared));
+    // Start the latent columns' part of a block's scores: a few steps, then, with P of the block before on its way, the
+    // others. When the second group is through, the output of the block before may take over the tensor cores.
+    __device__ void issue_first_latent_scores(Scores& scores, BlockPosition<Traits> const& block) {
+        SwizzledOperand const latent(shared_address(shared.latent) + block.stage() * sizeof(shared.latent[0]));
+        cute::warpgroup_fence_operand(scores);
+        shared.barriers.latent_full[block.stage()].wait(block.stage_phase());
+        cute::warpgroup_arrive();
+        multiply_register_q<0, kFirstSteps>(scores, latent);
+        cute::warpgroup_commit_batch();
+    }
+    __device__ void issue_other_latent_scores(Scores& scores) {
+        SwizzledOperand const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
+        cute::warpgroup_arrive();
+        multiply_register_q<kFirstSteps, kHandOverSteps>(scores, latent);
+        cute::warpgroup_commit_batch();
+        multiply_register_q<kHandOverSteps, kRegisterSteps>(scores, latent);
+        multiply_shared_q<kRegisterSteps>(scores, 0, latent);
+        cute::warpgroup_commit_batch();
+    }
 
-        typename Traits::MmaScoresRegisterQ mma_registers;
-        typename Traits::MmaScoresSharedQ mma_shared;
-        auto const thread_mma = mma_shared.get_slice(0);
-        Tensor const s_q = make_tensor(make_smem_ptr(q_shared), typename Traits::template LayoutRows<Traits::kQSharedChunks * Traits::kChunkColumns>{});
-        Tensor const s_latent = make_tensor(make_smem_ptr(latent), typename Traits::template LayoutRows<kHeadDimV>{});
-        Tensor const s_rope = make_tensor(make_smem_ptr(rope), typename Traits::template LayoutRows<Traits::kChunkColumns>{});
+    // Starts the RoPE columns' part of the current block's scores.
+    __device__ void issue_rope_scores(Scores& scores) {
+        SwizzledOperand const rope(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
+        shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
+        cute::warpgroup_arrive();
+        multiply_shared_q<0>(scores, Traits::kQSharedChunks - 1, rope);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_fence_operand(scores);
+    }
+
+    static constexpr int kFirstSteps = 2 * Traits::kStepsPerChunk;
+    static constexpr int kHandOverSteps = 5 * Traits::kStepsPerChunk;
+
+    template <int kBegin, int kEnd>
+    __device__ void multiply_register_q(Scores& scores, SwizzledOperand const& latent) {
+        using namespace cute;
+        typename Traits::MmaScoresRegisterQ mma;
+        mma.accumulate_ = kBegin == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
         Tensor const r_q = make_tensor(make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
                                        Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>,
                                               Stride<Stride<_1, _2, _4>, _0, _8>>{});
-        Tensor const r_q_shared = thread_mma.partition_fragment_A(s_q);     // (MMA, 1, k)
-        Tensor const r_latent = thread_mma.partition_fragment_B(s_latent);  // (MMA, 1, k)
-        Tensor const r_rope = thread_mma.partition_fragment_B(s_rope);      // (MMA, 1, k)
-
-        mma_registers.accumulate_ = GMMA::ScaleOut::Zero;
-        warpgroup_fence_operand(scores);
-        shared.barriers.latent_full[at.stage()].wait(at.stage_phase());
-        warpgroup_arrive();
 #pragma unroll
-        for (int step = 0; step < kRegisterSteps; ++step) {
-            cute::gemm(mma_registers, r_q(_, _, step), r_latent(_, _, step), scores);
-            mma_registers.accumulate_ = GMMA::ScaleOut::One;
+        for (int step = kBegin; step < kEnd; ++step) {
+            cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
+            mma.accumulate_ = GMMA::ScaleOut::One;
         }
-#pragma unroll
-        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
-            cute::gemm(mma_shared, r_q_shared(_, _, step), r_latent(_, _, kRegisterSteps + step), scores);
-        }
-        warpgroup_commit_batch();
-        if (thread_in_warpgroup_now() == 0) {
-            BlockLoader<Traits>{params, maps, shared}.look_up(at.later(Traits::kNumStages));
-        }
-        __syncwarp();
-        shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
-        warpgroup_arrive();
-#pragma unroll
-        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
-            cute::gemm(mma_shared, r_q_shared(_, _, Traits::kStepsPerChunk + step), r_rope(_, _, step), scores);
-        }
-        warpgroup_commit_batch();
-        warpgroup_fence_operand(scores);
     }
 
-    // Turns scores into P, which the output warpgroups see once p_ready is signalled.
-    __device__ void write_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax) {
+    // One chunk of Q in shared memory by one of K.
+    template <int kBegin>
+    __device__ void multiply_shared_q(Scores& scores, int q_chunk, SwizzledOperand const& k) {
+        typename Traits::MmaScoresSharedQ mma;
+        SwizzledOperand const q_shared(shared_address(shared.q));
+#pragma unroll
+        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
+            cute::gemm(mma, q_shared.step(q_chunk * Traits::kStepsPerChunk + step), k.step(kBegin + step), scores);
+        }
+    }
+
+    template <typename T>
+    __device__ static uint32_t shared_address(T const& object) {
+        return cute::cast_smem_ptr_to_uint(&object);
+    }
+
+    // Turns scores into probabilities. Afterwards the next scores may take their registers.
+    __device__ void make_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax,
+                                       Probabilities& p) const {
         if (min(num_keys[0], num_keys[1]) < kPageSize) {
             int const thread = thread_in_warpgroup_now();
 #pragma unroll
@@ -151,17 +199,24 @@ private:
         }
         num_keys[0] -= kPageSize;
         num_keys[1] -= kPageSize;
-        float rescale[kRowsPerThread];
-        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
-
-        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
-        if (must_rescale && lane % 4 == 0) {
-            shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
-            shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
-        }
-        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
-
+        p.must_rescale = softmax.raise(scores, params.softmax_scale_log2, p.rescale);
         softmax.exponentiate(scores, params.softmax_scale_log2);
+#pragma unroll
+        for (int i = 0; i < kNumScores / 2; ++i) p.word[i] = pack_pair(scores[2 * i], scores[2 * i + 1], Element{});
+        // Here and now: put off, they would keep both the scores and their registers' next content alive.
+#pragma unroll
+        for (uint32_t& word : p.word) asm volatile("" : "+r"(word));
+        asm volatile("" : "+f"(softmax.row_sum[0]), "+f"(softmax.row_sum[1]));
+    }
+
+    // Writes them for the output warpgroups, which see them once p_ready is signalled.
+    __device__ void store_probabilities(Probabilities const& p) const {
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
+        if (p.must_rescale && lane % 4 == 0) {
+            shared.rescale[slot][fragment_row(thread, 0)] = p.rescale[0];
+            shared.rescale[slot][fragment_row(thread, 1)] = p.rescale[1];
+        }
+        if (lane == 0) shared.must_rescale[slot][warp] = p.must_rescale;
 
         // P overwrites RoPE columns, which all four warps must have read.
         sync_warpgroup();
@@ -169,18 +224,15 @@ private:
         uint32_t const row_address = cute::cast_smem_ptr_to_uint(shared.rope_or_p[slot]) + row * 128;
 #pragma unroll
         for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
-            uint32_t word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                word[i] = pack_pair(scores[8 * pair + 2 * i], scores[8 * pair + 2 * i + 1], Element{});
-            }
+            uint32_t const word[4] = {p.word[4 * pair], p.word[4 * pair + 1], p.word[4 * pair + 2], p.word[4 * pair + 3]};
             store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
         }
         cutlass::arch::fence_view_async_shared();
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.
-    __device__ void write_stats(int index, OnlineSoftmax const& softmax) {
+    __device__ void write_stats(OnlineSoftmax const& softmax) {
+        int const index = shared.pieces.next_scores - 1;
         Piece const& piece = shared.pieces.get(index);
         int const thread = thread_in_warpgroup_now();
         shared.barriers.stats_empty.wait(index % 2 ^ 1);
