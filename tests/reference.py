@@ -31,15 +31,15 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
             continue
         pages = case.block_table[request, : -(-length // PAGE_SIZE)].long()
         keys = case.k_cache[pages].reshape(-1, num_heads_kv, head_dim)[:length].double()
-        keys = keys.repeat_interleave(group, dim=1)  # (length, num_heads_q, head_dim)
-        scores = torch.einsum("qhd,khd->hqk", case.q[request].double(), keys) * case.softmax_scale
+        queries = case.q[request].double().unflatten(1, (num_heads_kv, group))
+        scores = torch.einsum("qngd,knd->ngqk", queries, keys) * case.softmax_scale
         if case.causal:
             key, query = torch.arange(length, device=keys.device), torch.arange(seqlen_q, device=keys.device)
             scores.masked_fill_(key > length - seqlen_q + query[:, None], float("-inf"))
         sees_a_key = (scores > float("-inf")).any(-1, keepdim=True)
         weights = scores.softmax(-1).where(sees_a_key, 0)
-        out[request] = torch.einsum("hqk,khd->qhd", weights, keys[..., :HEAD_DIM_V])
-        lse[request] = scores.logsumexp(-1).where(sees_a_key[..., 0], float("inf"))
+        out[request] = torch.einsum("ngqk,knd->qngd", weights, keys[..., :HEAD_DIM_V]).flatten(1, 2)
+        lse[request] = scores.logsumexp(-1).where(sees_a_key[..., 0], float("inf")).flatten(0, 1)
     return out, lse
 
 
