@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flash_mla import extension, lengths
+from flash_mla import extension, value_checks
 from flash_mla._version import __version__
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -23,7 +23,7 @@ def environment() -> list[tuple[str, str]]:
         ("GPUs", "; ".join(describe_gpus()) or "none"),
         ("driver", describe_driver()),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
-        ("FLASH_MLA_CHECK", "on" if lengths.ENABLED else "off"),
+        ("FLASH_MLA_CHECK", "on" if value_checks.ENABLED else "off"),
     ]
     if rival := extension.find_rival():
         rows.append(("conflict", rival))

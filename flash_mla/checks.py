@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ _MAX_SCHEDULE_BATCH = 24 * 1024
 _ROW_ALIGNMENT = 8  # elements of 2 bytes: the kernels copy 16 bytes at a time
 
 
+class DecodeArguments(NamedTuple):
+    """The arguments of flash_mla::dense_decode, which ops.py describes, in the order of its schema."""
+
+    q: Tensor
+    k_cache: Tensor
+    block_table: Tensor
+    cache_seqlens: Tensor
+    tile_scheduler_metadata: Tensor
+    num_splits: Tensor
+    softmax_scale: float
+    causal: bool
+
+    @property
+    def num_heads_kv(self) -> int:
+        return self.k_cache.shape[2]
+
+    @property
+    def num_rows_per_head_kv(self) -> int:
+        return self.q.shape[1] * self.q.shape[2] // self.num_heads_kv
+
+
 def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> None:
     """Raise TypeError or ValueError unless flash_mla::decode_schedule can take these arguments."""
     _check_dtype("cache_seqlens", cache_seqlens, torch.int32)
@@ -38,16 +60,9 @@ def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def check_dense_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-) -> None:
-    """Raise TypeError or ValueError unless flash_mla::dense_decode can take these arguments; see ops.py for them."""
+def check_dense_decode(arguments: DecodeArguments) -> None:
+    """Raise TypeError or ValueError unless flash_mla::dense_decode can take these arguments."""
+    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, _ = arguments
     if q.dtype not in DTYPES:
         raise TypeError(f"q must have dtype torch.bfloat16 or torch.float16, got {q.dtype}")
     tables = {
@@ -84,15 +99,15 @@ def check_dense_decode(
     _check_contiguous("tile_scheduler_metadata", tile_scheduler_metadata)
 
 
-def check_plan(tile_scheduler_metadata: Tensor, num_splits: Tensor, batch_size: int, grid: WorkerGrid) -> None:
+def check_plan(arguments: DecodeArguments, grid: WorkerGrid) -> None:
     """Raise ValueError for a plan whose shape shows that it was made for another call."""
     check_shape(
         "tile_scheduler_metadata",
-        tile_scheduler_metadata,
+        arguments.tile_scheduler_metadata,
         "(num_workers, 8), as planned for these head counts and seqlen_q,",
         [grid.num_workers, METADATA_COLUMNS],
     )
-    check_shape("num_splits", num_splits, "(batch_size + 1,)", [batch_size + 1])
+    check_shape("num_splits", arguments.num_splits, "(batch_size + 1,)", [arguments.q.shape[0] + 1])
 
 
 def check_out(out: Tensor, q: Tensor) -> None:

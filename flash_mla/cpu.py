@@ -5,13 +5,22 @@ Results are computed in float32. Only tokens of the request itself are read from
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flash_mla import schedule
-from flash_mla.checks import HEAD_DIM_V, check_decode_schedule, check_dense_decode, check_out, check_plan
-from flash_mla.lengths import check_lengths_and_pages
+from flash_mla.checks import (
+    HEAD_DIM_V,
+    DecodeArguments,
+    check_decode_schedule,
+    check_dense_decode,
+    check_out,
+    check_plan,
+)
 from flash_mla.schedule import CPU_NUM_SMS, PAGE_SIZE
+from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles
 
 _ROW_ALIGNMENT_BYTES = 16
 _PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
@@ -23,58 +32,30 @@ def decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_
     return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_NUM_SMS)
 
 
-def dense_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    check_dense_decode(*tensors, softmax_scale)
-    out = q.new_empty(*q.shape[:3], HEAD_DIM_V)
-    return out, _decode_into(out, *tensors, softmax_scale, causal)
+def dense_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = DecodeArguments(*arguments)
+    check_dense_decode(given)
+    out = given.q.new_empty(*given.q.shape[:3], HEAD_DIM_V)
+    return out, _decode_into(out, given)
 
 
-def dense_decode_out(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    *,
-    out: Tensor,
-) -> Tensor:
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    check_dense_decode(*tensors, softmax_scale)
-    check_out(out, q)
+def dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
+    given = DecodeArguments(*arguments)
+    check_dense_decode(given)
+    check_out(out, given.q)
     _check_address("out", out)
-    return _decode_into(out, *tensors, softmax_scale, causal)
+    return _decode_into(out, given)
 
 
-def _decode_into(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> Tensor:
+def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
+    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal = given
     batch_size, seqlen_q, num_heads_q, _ = q.shape
-    num_heads_kv = k_cache.shape[2]
     _check_address("q", q)
     _check_address("k_cache", k_cache)
-    grid = schedule.worker_grid(seqlen_q * num_heads_q // num_heads_kv, num_heads_kv, CPU_NUM_SMS)
-    check_plan(tile_scheduler_metadata, num_splits, batch_size, grid)
+    grid = schedule.worker_grid(given.num_rows_per_head_kv, given.num_heads_kv, CPU_NUM_SMS)
+    check_plan(given, grid)
+    # Nothing here follows the plan. A wrong one is found all the same, as on a GPU it would give wrong results.
+    check_planned_tiles(tile_scheduler_metadata, batch_size, grid.tiles_per_request)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
 
     lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)

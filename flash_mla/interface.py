@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_mla import lengths, ops
-from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, check_tensor
+from flash_mla import ops, value_checks
+from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_tensor
 from flash_mla.plan import FlashMLASchedMeta, tensors_of_plan
 
 _DEFAULT_SCALE = HEAD_DIM**-0.5
@@ -124,8 +124,9 @@ def flash_mla_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, strides or device, or the plan was made for
-            other shapes. With FLASH_MLA_CHECK=1 in the environment also: a request has more tokens than its row of the
-            block table, or pages that the cache does not have.
+            other shapes. Always on the CPU, on the GPU with FLASH_MLA_CHECK=1 in the environment, also: a request has
+            more tokens than its row of the block table, or pages that the cache does not have, or the plan is one for
+            other shapes although its own shape does not show it.
         RuntimeError: the kernels are not built, or the GPU is not an sm_90 one.
     """
     if not (
@@ -181,15 +182,12 @@ def flash_mla_with_kvcache(
             f"got {type(tile_scheduler_metadata).__name__}"
         )
 
-    if lengths.ENABLED and q.is_cuda and not torch.compiler.is_compiling():
-        lengths.check_lengths_unless_capturing(block_table, cache_seqlens, k_cache)
-
+    arguments = (q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal)
+    if value_checks.ENABLED and q.is_cuda and not torch.compiler.is_compiling():
+        value_checks.check_values_unless_capturing(DecodeArguments(*arguments))
     if out is None:
-        return ops.dense_decode(q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal)
-    lse = ops.dense_decode_out(
-        q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal, out=out
-    )
-    return out, lse
+        return ops.dense_decode(*arguments)
+    return out, ops.dense_decode_out(*arguments, out=out)
 
 
 def flash_mla_sparse_fwd(

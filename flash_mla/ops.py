@@ -31,14 +31,20 @@ Wrong dtypes raise TypeError, wrong shapes, strides, devices and values ValueErr
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from flash_mla import cpu, extension
-from flash_mla.checks import HEAD_DIM_V, check_decode_schedule, check_dense_decode, check_out, check_plan
-from flash_mla.schedule import CPU_NUM_SMS, METADATA_COLUMNS, worker_grid
+from flash_mla import cpu, extension, schedule
+from flash_mla.checks import (
+    HEAD_DIM_V,
+    DecodeArguments,
+    check_decode_schedule,
+    check_dense_decode,
+    check_out,
+    check_plan,
+)
 
 _DECODE_ARGUMENTS = (
     "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor tile_scheduler_metadata, "
@@ -57,70 +63,33 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def _num_sms(device: torch.device) -> int:
-    # Without a GPU, fake CUDA tensors are planned for an H100 or H200 too.
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return CPU_NUM_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _fake_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
     check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
     # The grid is compiled in; another number of rows compiles again.
-    grid = worker_grid(int(num_rows_per_head_kv), int(num_heads_kv), _num_sms(cache_seqlens.device))
-    metadata = cache_seqlens.new_empty(grid.num_workers, METADATA_COLUMNS)
+    grid = schedule.worker_grid(int(num_rows_per_head_kv), int(num_heads_kv), schedule.num_sms_of(cache_seqlens.device))
+    metadata = cache_seqlens.new_empty(grid.num_workers, schedule.METADATA_COLUMNS)
     return metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
 
 
-def _fake_dense_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    lse = _fake_lse(*tensors, softmax_scale)
-    return q.new_empty(*q.shape[:3], HEAD_DIM_V), lse
+def _fake_dense_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = DecodeArguments(*arguments)
+    lse = _fake_lse(given)
+    return given.q.new_empty(*given.q.shape[:3], HEAD_DIM_V), lse
 
 
-def _fake_dense_decode_out(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    *,
-    out: Tensor,
-) -> Tensor:
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    lse = _fake_lse(*tensors, softmax_scale)
-    check_out(out, q)
+def _fake_dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
+    given = DecodeArguments(*arguments)
+    lse = _fake_lse(given)
+    check_out(out, given.q)
     return lse
 
 
-def _fake_lse(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-) -> Tensor:
-    check_dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale)
-    batch_size, seqlen_q, num_heads_q, _ = q.shape
-    num_heads_kv = k_cache.shape[2]
-    num_rows = int(seqlen_q * num_heads_q // num_heads_kv)
-    grid = worker_grid(num_rows, int(num_heads_kv), _num_sms(q.device))
-    check_plan(tile_scheduler_metadata, num_splits, batch_size, grid)
-    return q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
+def _fake_lse(given: DecodeArguments) -> Tensor:
+    check_dense_decode(given)
+    num_sms = schedule.num_sms_of(given.q.device)
+    check_plan(given, schedule.worker_grid(int(given.num_rows_per_head_kv), int(given.num_heads_kv), num_sms))
+    batch_size, seqlen_q, num_heads_q, _ = given.q.shape
+    return given.q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
 
 
 def _no_kernels(*args: object, **kwargs: object) -> NoReturn:

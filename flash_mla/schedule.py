@@ -30,6 +30,14 @@ class WorkerGrid(NamedTuple):
     tiles_per_request: int
 
 
+def num_sms_of(device: torch.device) -> int:
+    """The streaming multiprocessors that a plan on this device is made for."""
+    # Without a GPU, fake CUDA tensors are planned for an H100 or H200 too.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CPU_NUM_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def worker_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> WorkerGrid:
     """Group the SMs into workers.
 

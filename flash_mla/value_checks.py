@@ -1,4 +1,4 @@
-"""Checks of values that lie on the device: lengths and page numbers. Each costs a synchronization with the GPU.
+"""Checks of values that lie on the device: lengths, page numbers and plans. Each synchronizes with the GPU.
 
 The environment variable FLASH_MLA_CHECK=1, read when the package is imported, turns them on for GPU tensors; the CPU
 implementation always does them.
@@ -7,13 +7,20 @@ implementation always does them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from flash_mla.schedule import PAGE_SIZE
+from flash_mla.checks import DecodeArguments
+from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, num_sms_of, worker_grid
 
-ENABLED = os.environ.get("FLASH_MLA_CHECK", "").strip() not in ("", "0")
+
+def is_switched_on(environ: Mapping[str, str] = os.environ) -> bool:
+    return environ.get("FLASH_MLA_CHECK", "").strip() not in ("", "0")
+
+
+ENABLED = is_switched_on()
 
 
 def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_blocks: int) -> None:
@@ -52,15 +59,40 @@ def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_bloc
     )
 
 
-def check_lengths_unless_capturing(block_table: Tensor, cache_seqlens: Tensor, k_cache: Tensor) -> None:
-    """The check above for arguments that no op has looked at yet; nothing while a CUDA graph is captured."""
+def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, tiles_per_request: int) -> None:
+    """Raise ValueError for a plan that was made for another number of requests or tiles, or that was never filled in.
+
+    Plans for other shapes often have the same shape, and the kernels follow them: results would stay unwritten, or
+    requests that do not exist would be read. A plan ends with the last tile of the last request whatever the lengths.
+    """
+    if batch_size == 0:
+        return
+    *_, end_batch, end_tile, _, num_pieces, _ = tile_scheduler_metadata.unbind(1)
+    ends = torch.stack([end_batch, end_tile]).where(num_pieces > 0, -1)
+    last_request, last_tile = ends.amax(1).tolist()
+    if (last_request, last_tile) == (batch_size - 1, tiles_per_request - 1):
+        return
+    expected = f"a plan for {batch_size} requests of {tiles_per_request} tiles (for these head counts and seqlen_q)"
+    actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
+    raise ValueError(f"tile_scheduler_metadata must be {expected}, got {actual}")
+
+
+def check_values_unless_capturing(arguments: DecodeArguments) -> None:
+    """The checks above for arguments that no op has looked at yet; nothing while a CUDA graph is captured."""
     if torch.cuda.is_current_stream_capturing():
         return
-    device = k_cache.device
-    if (
-        k_cache.dim() == 4
-        and block_table.dim() == 2
-        and cache_seqlens.shape == block_table.shape[:1]
-        and block_table.device == device == cache_seqlens.device
+    q, k_cache, block_table, cache_seqlens, metadata, *_ = arguments
+    # What these rule out the op reports, without a look at any value.
+    if not (
+        all(isinstance(tensor, Tensor) for tensor in (block_table, cache_seqlens))
+        and q.dim() == k_cache.dim() == 4
+        and block_table.dim() == metadata.dim() == 2
+        and metadata.shape[1] == METADATA_COLUMNS
+        and cache_seqlens.shape == block_table.shape[:1] == q.shape[:1]
+        and k_cache.shape[2] > 0
+        and all(tensor.device == q.device for tensor in (k_cache, block_table, cache_seqlens, metadata))
     ):
-        check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
+        return
+    grid = worker_grid(arguments.num_rows_per_head_kv, arguments.num_heads_kv, num_sms_of(q.device))
+    check_planned_tiles(metadata, q.shape[0], grid.tiles_per_request)
+    check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])

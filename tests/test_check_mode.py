@@ -1,7 +1,11 @@
-"""FLASH_MLA_CHECK=1: lengths and pages on the device are checked, and the offending request is named."""
+"""FLASH_MLA_CHECK=1: lengths, pages and plans on the device are checked, and the offending request is named.
+
+The CPU implementation always does these checks.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,12 +15,12 @@ import torch
 from cases import HEAD_DIM_V, Case, make_case
 
 import flash_mla
-from flash_mla import lengths
+from flash_mla import value_checks
 
 
 @pytest.fixture(autouse=True)
 def check_mode(monkeypatch):
-    monkeypatch.setattr(lengths, "ENABLED", True)
+    monkeypatch.setattr(value_checks, "ENABLED", True)
 
 
 def decode(case: Case):
@@ -71,6 +75,49 @@ def test_first_of_several_requests_is_named(device):
         decode(case)
 
 
+def decode_with_plan(case: Case, plan: tuple[torch.Tensor, torch.Tensor]):
+    return flash_mla.flash_mla_with_kvcache(
+        case.q, case.k_cache, case.block_table, case.cache_seqlens, HEAD_DIM_V, *plan
+    )
+
+
+def without_work(metadata: torch.Tensor, num_splits: torch.Tensor):
+    """Buffers that no plan was copied into."""
+    return torch.zeros_like(metadata), torch.zeros_like(num_splits)
+
+
+@pytest.mark.parametrize(
+    ("make_plan", "got"),
+    [
+        (lambda case: flash_mla.get_mla_decoding_metadata(case.cache_seqlens, 16, 1), "one for 4 of 1"),
+        (lambda case: flash_mla.get_mla_decoding_metadata(case.cache_seqlens, 4, 4), "one for 4 of 4"),
+        (lambda case: make_case(batch=3, num_heads_kv=2, device=case.q.device).plan(), "one for 3 of 2"),
+        (lambda case: make_case(batch=5, num_heads_kv=2, device=case.q.device).plan(), "one for 5 of 2"),
+        (lambda case: without_work(*case.plan()), "one without work"),
+    ],
+    ids=["fewer-kv-heads", "more-kv-heads", "smaller-batch", "larger-batch", "not-filled"],
+)
+def test_plan_for_other_shapes_that_has_the_right_shape(device, make_plan, got):
+    """Following it, the kernels would leave results unwritten, or read requests that do not exist."""
+    case = example(device, num_heads_kv=2)
+    metadata, num_splits = make_plan(case)
+    assert metadata.shape == case.plan()[0].shape
+    plan = metadata, num_splits.new_zeros(5)  # as views of persistent buffers have it
+    with pytest.raises(
+        ValueError, match=rf"^tile_scheduler_metadata must be a plan for 4 requests of 2 .*, got {got}$"
+    ):
+        decode_with_plan(case, plan)
+
+
+@pytest.mark.parametrize("planned_lengths", [[0, 0, 0, 0], [1, 5000, 0, 0], [2**31 - 1, 0, 0, 1]])
+@pytest.mark.parametrize(("num_heads_q", "num_heads_kv"), [(16, 1), (128, 1), (6, 3)])
+def test_plan_for_other_lengths_passes(device, num_heads_q, num_heads_kv, planned_lengths):
+    case = example(device, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv)
+    seqlens = torch.tensor(planned_lengths, dtype=torch.int32, device=device)
+    plan = flash_mla.get_mla_decoding_metadata(seqlens, num_heads_q // num_heads_kv, num_heads_kv)
+    assert decode_with_plan(case, plan)[0].isfinite().all()
+
+
 def test_table_without_columns(device):
     case = make_case(batch=2, seqlens=0, device=device)
     narrow = Case(case.q, case.k_cache, case.block_table[:, :0], case.cache_seqlens, case.softmax_scale, False)
@@ -82,16 +129,27 @@ def test_table_without_columns(device):
 
 
 def test_no_requests(device):
-    lengths.check_lengths_and_pages(
+    value_checks.check_planned_tiles(torch.zeros(132, 8, dtype=torch.int32, device=device), 0, 1)
+    value_checks.check_lengths_and_pages(
         torch.empty(0, 4, dtype=torch.int32, device=device), torch.empty(0, dtype=torch.int32, device=device), 1
     )
 
 
-def test_wrong_shapes_are_left_to_the_op(device):
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("block_table", lambda table: table[:2]),
+        ("block_table", lambda table: None),
+        ("q", lambda q: q[0]),
+        ("k_cache", lambda k: k[:, :, :0]),
+    ],
+    ids=["batch", "no-tensor", "dim", "no-heads"],
+)
+def test_wrong_arguments_are_left_to_the_op(device, name, spoil):
     case = example(device)
-    wrong = Case(case.q, case.k_cache, case.block_table[:2], case.cache_seqlens, case.softmax_scale, False)
-    with pytest.raises(ValueError, match=r"^block_table must have shape"):
-        decode(wrong)
+    wrong = dataclasses.replace(case, **{name: spoil(getattr(case, name))})
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"\b(block_table|q) must|'block_table'"):
+        decode_with_plan(wrong, case.plan())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -115,14 +173,19 @@ def test_off_while_a_graph_is_captured():
 
 @pytest.mark.gpu
 def test_off_by_default(monkeypatch):
-    monkeypatch.setattr(lengths, "ENABLED", False)
-    monkeypatch.setattr(lengths, "check_lengths_and_pages", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(value_checks, "ENABLED", False)
+    monkeypatch.setattr(value_checks, "check_values_unless_capturing", lambda *_: pytest.fail("checked"))
     decode(example("cuda"))
 
 
-@pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), ("", False)])
-def test_environment_variable(value, enabled):
-    code = "from flash_mla import lengths; print(lengths.ENABLED)"
-    environment = {**os.environ, "FLASH_MLA_CHECK": value}
+@pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_values_of_the_environment_variable(value, enabled):
+    environment = {} if value is None else {"FLASH_MLA_CHECK": value}
+    assert value_checks.is_switched_on(environment) is enabled
+
+
+def test_environment_variable_is_read_at_import():
+    code = "from flash_mla import value_checks; print(value_checks.ENABLED)"
+    environment = {**os.environ, "FLASH_MLA_CHECK": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(enabled)
+    assert result.stdout == "True\n"

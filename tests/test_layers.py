@@ -26,7 +26,8 @@ PRIMITIVES = "kernels/sm90/primitives"
 # What each module of the package may import is what stands before it.
 PYTHON_LAYERS = (
     {"_version", "extension", "schedule"},
-    {"checks", "lengths"},
+    {"checks"},
+    {"value_checks"},
     {"cpu"},
     {"ops"},
     {"plan"},

@@ -135,7 +135,7 @@ def test_gpu_and_cpu_agree(seqlen_q):
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
 def test_fake_cuda_tensors_need_no_kernels(monkeypatch):
     """Tracing for another machine's GPU takes shapes only."""
-    monkeypatch.setattr("flash_mla.ops._num_sms", lambda device: 78)
+    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: 78)
     with torch._subclasses.FakeTensorMode():
         seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
         metadata, num_splits = ops.decode_schedule(seqlens, 16, 1)
