@@ -5,8 +5,10 @@ from flash_mla.extension import is_available, unavailable_reason, warn_of_rival
 from flash_mla.interface import (
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
+    flash_mla_with_kvcache_fp8,
     get_mla_decoding_metadata,
     get_mla_metadata,
+    get_mla_metadata_dense_fp8,
 )
 from flash_mla.plan import FlashMLASchedMeta
 
@@ -15,8 +17,10 @@ __all__ = [
     "__version__",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "flash_mla_with_kvcache_fp8",
     "get_mla_decoding_metadata",
     "get_mla_metadata",
+    "get_mla_metadata_dense_fp8",
     "is_available",
     "unavailable_reason",
 ]

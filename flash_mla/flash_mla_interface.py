@@ -3,8 +3,10 @@
 from flash_mla.interface import (
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
+    flash_mla_with_kvcache_fp8,
     get_mla_decoding_metadata,
     get_mla_metadata,
+    get_mla_metadata_dense_fp8,
 )
 from flash_mla.plan import FlashMLASchedMeta
 
@@ -12,6 +14,8 @@ __all__ = [
     "FlashMLASchedMeta",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "flash_mla_with_kvcache_fp8",
     "get_mla_decoding_metadata",
     "get_mla_metadata",
+    "get_mla_metadata_dense_fp8",
 ]

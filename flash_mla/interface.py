@@ -204,6 +204,16 @@ def flash_mla_sparse_fwd(
     raise NotImplementedError("flash_mla_sparse_fwd is not implemented: this package has dense decoding only")
 
 
+def get_mla_metadata_dense_fp8(*args: object, **kwargs: object) -> NoReturn:
+    """Plan for fp8 queries and an fp8 cache, as vLLM does: raises NotImplementedError."""
+    raise NotImplementedError("get_mla_metadata_dense_fp8 is not implemented: this package has no fp8 decoding")
+
+
+def flash_mla_with_kvcache_fp8(*args: object, **kwargs: object) -> NoReturn:
+    """Decode of fp8 queries and an fp8 cache, as vLLM calls it: raises NotImplementedError."""
+    raise NotImplementedError("flash_mla_with_kvcache_fp8 is not implemented: this package has no fp8 decoding")
+
+
 def _either(name: str, value: Any, other_name: str, other_value: Any) -> Any:
     """The value of an argument that has two names."""
     if value is None and other_value is None:

@@ -106,6 +106,8 @@ def test_lazy_schedule_is_filled_by_the_first_call_and_kept(case):
         lambda t, plan: flash_mla_with_kvcache(
             *t, 512, *get_mla_metadata(), softmax_scale=DEFAULT_SCALE, out=None, enable_batch_invariant=False
         ),
+        # sgl_kernel, by position: descale_q and descale_k before is_fp8_kvcache
+        lambda t, plan: flash_mla_with_kvcache(*t, 512, *plan, DEFAULT_SCALE, False, None, None, False),
         # SGLang
         lambda t, plan: flash_mla_with_kvcache(
             *t, head_dim_v=512, tile_scheduler_metadata=plan[0], num_splits=plan[1], descale_q=None, descale_k=None,

@@ -10,6 +10,7 @@ from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 
 import flash_mla
 from flash_mla import flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
+from flash_mla.schedule import CPU_NUM_SMS
 
 BF16 = torch.bfloat16
 
@@ -145,6 +146,23 @@ def test_softmax_scale(device, scale):
             call(arguments)
 
 
+def test_more_rows_than_can_be_counted(device):
+    """2**30 rows of a request, all of them one row in memory."""
+    arguments = arguments_of(example(device))
+    arguments["q"] = arguments["q"][:, :1, :1].expand(3, 2**15, 2**15, HEAD_DIM)
+    with pytest.raises(ValueError, match=r"^q has too many rows per request, got "):
+        call_op(arguments)
+
+
+def test_cache_without_heads(device):
+    arguments = arguments_of(example(device))
+    arguments["k_cache"] = arguments["k_cache"][:, :, :0]
+    for plan in (arguments["tile_scheduler_metadata"], arguments["num_splits"]), get_mla_metadata():
+        arguments["tile_scheduler_metadata"], arguments["num_splits"] = plan
+        with pytest.raises(ValueError, match=r"^q must have a multiple of the 0 heads of k_cache, got 16"):
+            call_api(arguments)
+
+
 @pytest.mark.parametrize("num_heads_q", [15, 1])
 def test_head_counts_that_do_not_divide(device, num_heads_q):
     arguments = arguments_of(example(device, num_heads_kv=2))
@@ -224,9 +242,17 @@ def test_one_byte_queries(device, name, dtype):
         call_api(arguments)
 
 
-def test_other_functions_that_are_not_there():
-    with pytest.raises(NotImplementedError, match=r"^flash_mla_sparse_fwd"):
-        flash_mla.flash_mla_sparse_fwd(None, None, None, 0.1)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("flash_mla_sparse_fwd", (None, None, None, 0.1)),
+        ("get_mla_metadata_dense_fp8", (torch.zeros(3, dtype=torch.int32), 16, 1)),
+        ("flash_mla_with_kvcache_fp8", (None, None, None, None, HEAD_DIM_V, None, None)),
+    ],
+)
+def test_functions_that_are_not_there(name, arguments):
+    with pytest.raises(NotImplementedError, match=rf"^{name} is not implemented"):
+        getattr(flash_mla, name)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +284,21 @@ def test_tensor_on_another_device(name):
     arguments[name] = arguments[name].cpu()
     with pytest.raises(ValueError, match=rf"^{name} must be on cuda:0, where q is, got cpu"):
         call_api(arguments)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
+@pytest.mark.parametrize(
+    "name", ["k_cache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out"]
+)
+def test_tensor_on_another_device_without_data(name, monkeypatch):
+    """The same for tensors that have shapes only, which needs no GPU."""
+    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
+    with torch._subclasses.FakeTensorMode():
+        arguments = arguments_of(example("cuda"))
+        arguments["out"] = torch.zeros(3, 2, 16, HEAD_DIM_V, dtype=BF16, device="cuda")
+        arguments[name] = torch.empty_like(arguments[name], device="cpu")
+        with pytest.raises(ValueError, match=rf"^{name} must be on cuda:0, where q is, got cpu"):
+            torch.ops.flash_mla.dense_decode_out(**arguments)
 
 
 @pytest.mark.gpu
