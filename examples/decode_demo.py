@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,6 +24,10 @@ LATENT_DIM = 512  # also the size of the values, which are the latent part of th
 ROPE_DIM = 64
 KEY_DIM = LATENT_DIM + ROPE_DIM
 SOFTMAX_SCALE = (128 + ROPE_DIM) ** -0.5  # from the head size before the projections are absorbed
+
+# What the output and the log-sum-exp may be off: |actual - expected| <= ATOL + RTOL * |expected|.
+OUT_ATOL, OUT_RTOL = 8e-4, 2.01 / 128
+LSE_ATOL, LSE_RTOL = 1e-6, 8.01 / 65536
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,21 +76,40 @@ def compare(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: flo
     return error.max().item(), bool((error <= atol + rtol * expected.abs()).all())
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def find_gpu() -> torch.device:
+    """The first GPU that the kernels run on; there is one if flash_mla.is_available()."""
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return torch.device("cuda", capabilities.index((9, 0)))
+
+
 def choose_device(requested: str) -> torch.device:
-    if requested != "auto":
-        return torch.device(requested)
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        if flash_mla.is_available():
-            return torch.device("cuda")
-        print(f"The GPU is not used: {flash_mla.unavailable_reason()}")
-    return torch.device("cpu")
+    """The device to decode on. Raises ValueError for one that cannot be used."""
+    reason = flash_mla.unavailable_reason()
+    if requested == "auto":
+        print("Decoding on the GPU" if reason is None else f"Decoding on the CPU: {reason}", flush=True)
+        return find_gpu() if reason is None else torch.device("cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise ValueError(f"must be auto, cpu or cuda, got {requested!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"must be auto, cpu or cuda, got {requested!r}")
+    if device.type == "cuda" and reason is not None:
+        raise ValueError(f"cannot be {requested}: {reason}")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"cannot be {requested}: torch sees {count(torch.cuda.device_count(), 'GPU')}")
+    return find_gpu() if device == torch.device("cuda") else device
 
 
 # Sizes for a GPU and for a CPU.
 DEFAULTS = {"batch": (128, 4), "tokens": (8192, 700), "layers": (4, 2), "steps": (32, 8), "heads": (128, 16)}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto: an sm_90 GPU if there is one")
     parser.add_argument("--batch", type=int, help="requests (128 on a GPU, 4 on a CPU)")
@@ -95,28 +118,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="tokens to decode (32 or 8)")
     parser.add_argument("--heads", type=int, help="query heads (128 or 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    arguments = parser.parse_args()
-    arguments.device = choose_device(arguments.device)
+    options = parser.parse_args(arguments)
+    for name in DEFAULTS:
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
+    try:
+        options.device = choose_device(options.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     for name, (for_gpu, for_cpu) in DEFAULTS.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, for_gpu if arguments.device.type == "cuda" else for_cpu)
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    return arguments
+        if getattr(options, name) is None:
+            setattr(options, name, for_gpu if options.device.type == "cuda" else for_cpu)
+    return options
 
 
 class Demo:
     """A batch of requests, their caches, and what a model would do with them in every step."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.device, self.dtype = arguments.device, DTYPES[arguments.dtype]
-        self.batch_size, self.num_layers, self.num_heads = arguments.batch, arguments.layers, arguments.heads
-        max_tokens = arguments.tokens + arguments.steps
+    def __init__(self, options: argparse.Namespace):
+        self.device, self.dtype = options.device, DTYPES[options.dtype]
+        self.batch_size, self.num_layers, self.num_heads = options.batch, options.layers, options.heads
+        max_tokens = options.tokens + options.steps
         self.cache = PagedLatentCache(self.num_layers, self.batch_size, max_tokens, self.dtype, self.device)
         for request in range(self.batch_size):
             # From a quarter of the longest request's length up to all of it.
             share = (self.batch_size + 3 * (request + 1)) / (4 * self.batch_size)
-            self.append([request], max(1, int(arguments.tokens * share)))
+            self.append([request], max(1, int(options.tokens * share)))
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
@@ -156,24 +183,24 @@ class Demo:
         layer, request = number % self.num_layers, number % self.batch_size
         out, lse = results[layer]
         expected_out, expected_lse = reference(queries[layer][request, 0], self.cache.gather(layer, request))
-        error, out_is_right = compare(out[request, 0], expected_out, atol=8e-4, rtol=2.01 / 128)
-        _, lse_is_right = compare(lse[request, :, 0], expected_lse, atol=1e-6, rtol=8.01 / 65536)
+        error, out_is_right = compare(out[request, 0], expected_out, OUT_ATOL, OUT_RTOL)
+        _, lse_is_right = compare(lse[request, :, 0], expected_lse, LSE_ATOL, LSE_RTOL)
         return seconds, error, out_is_right and lse_is_right
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     torch.manual_seed(0)
-    print(f"Filling {arguments.layers} caches for {arguments.batch} requests", flush=True)
-    demo = Demo(arguments)
+    print(f"Filling the caches of {count(options.layers, 'layer')} for {count(options.batch, 'request')}", flush=True)
+    demo = Demo(options)
     times, errors, verdicts = [], [], []
-    for number in range(1, arguments.steps + 1):
+    for number in range(1, options.steps + 1):
         seconds, error, is_right = demo.step(number)
         times.append(seconds)
         errors.append(error)
         verdicts.append(is_right)
         print(
-            f"step {number:3d}/{arguments.steps}  {sum(demo.cache.lengths):8d} cached tokens  "
+            f"step {number:{len(str(options.steps))}}/{options.steps}  {sum(demo.cache.lengths):8d} cached tokens  "
             f"{seconds * 1e6:9.1f} µs per layer  {'ok' if is_right else 'WRONG'}",
             flush=True,
         )
@@ -182,18 +209,20 @@ def main() -> int:
     cached_tokens = sum(demo.cache.lengths)
     num_bytes = cached_tokens * KEY_DIM * demo.dtype.itemsize
     num_flops = 2 * cached_tokens * demo.num_heads * (KEY_DIM + LATENT_DIM)
+    allowed = f"{OUT_ATOL:.1g} + {OUT_RTOL:.1%} of the value"
+    verdict = "ok" if all(verdicts) else f"WRONG in {count(verdicts.count(False), 'step')}"
     rows = {
         "device": torch.cuda.get_device_name(demo.device) if demo.device.type == "cuda" else "CPU",
-        "batch": f"{demo.batch_size} requests, {demo.num_heads} heads, {arguments.dtype}",
-        "cached tokens": f"{cached_tokens} in each of {demo.num_layers} layers",
-        "µs per layer": f"{seconds * 1e6:.1f} (median of the steps, calls from Python included)",
-        "effective GB/s": f"{num_bytes / seconds / 1e9:.4g}",
-        "effective TFLOP/s": f"{num_flops / seconds / 1e12:.4g}",
-        "max error": f"{max(errors):.2e} against float64: {'ok' if all(verdicts) else 'WRONG'}",
+        "batch": f"{count(demo.batch_size, 'request')}, {count(demo.num_heads, 'head')}, {options.dtype}",
+        "cached tokens": f"{cached_tokens} in {'each layer' if demo.num_layers > 1 else 'the layer'} at the end",
+        "µs per layer": f"{seconds * 1e6:.1f} (median of the steps, the call from Python included)",
+        "effective GB/s": f"{num_bytes / seconds / 1e9:.3g}",
+        "effective TFLOP/s": f"{num_flops / seconds / 1e12:.3g}",
+        "max error": f"{max(errors):.2g} against float64 (allowed: {allowed}), {verdict}",
     }
     print()
     for name, value in rows.items():
-        print(f"{name:<18} {value}")
+        print(f"{name:<17}  {value}")
     return 0 if all(verdicts) else 1
 
 
