@@ -20,7 +20,6 @@ from gpu_cases import (
 )
 
 import flash_mla
-from flash_mla import schedule
 
 pytestmark = pytest.mark.gpu
 
@@ -294,29 +293,6 @@ def test_public_api_gives_the_bits_of_the_op(dtype):
         out=own_out,
     )
     assert torch.equal(own_out, out) and torch.equal(api_out, out) and torch.equal(api_lse, lse)
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "num_heads_kv"),
-    [(1, 1), (16, 1), (64, 2), (65, 1), (128, 1), (256, 1), (512, 3), (1000, 1), (16384, 1)],
-)
-def test_schedule_is_that_of_the_host(num_rows, num_heads_kv):
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for batch_size, longest in [
-        (1, 0),
-        (1, 1),
-        (1, 100_000),
-        (3, 64),
-        (64, 4096),
-        (133, 700),
-        (1000, 5000),
-        (4096, 300),
-    ]:
-        lengths = torch.tensor(random_lengths(batch_size, longest, seed=batch_size), dtype=torch.int32)
-        planned = torch.ops.flash_mla.decode_schedule(lengths.cuda(), num_rows, num_heads_kv)
-        expected = schedule.decode_schedule(lengths, num_rows, num_heads_kv, num_sms)
-        for name, actual_part, expected_part in zip(("metadata", "num_splits"), planned, expected, strict=True):
-            assert torch.equal(actual_part.cpu(), expected_part), f"{name} of {batch_size} requests up to {longest}"
 
 
 def test_second_device():

@@ -30,13 +30,29 @@ LENGTHS = st.one_of(
 SHAPES = [
     (1, 1, 1),
     (16, 1, 1),
-    (64, 1, 1),
+    (64, 2, 1),
     (65, 1, 2),
     (128, 1, 2),
+    (256, 1, 4),
+    (512, 3, 4),
     (128, 3, 2),
     (16384, 1, 4),
     (1000, 2, 4),
     (448, 1, 7),
+]
+
+# Requests and the longest of them.
+BATCHES = [
+    (0, 0),
+    (1, 0),
+    (1, 1),
+    (1, 100_000),
+    (1, 2**31 - 2),
+    (7, 64),
+    (64, 4096),
+    (133, 5000),
+    (1025, 3000),
+    (4096, 300),
 ]
 
 
@@ -127,9 +143,11 @@ def test_every_block_is_covered_once_and_work_is_even(lengths, num_rows, num_hea
 @given(
     batch_size=st.integers(1000, 4096),
     longest=st.sampled_from([0, 1, 100, 5000]),
-    num_rows=st.sampled_from([1, 64, 128, 4096]),
+    num_rows=st.sampled_from([1, 64, 128, 4096, 16384]),
     seed=st.integers(0, 1000),
 )
+@example(batch_size=4096, longest=5000, num_rows=1, seed=0)
+@example(batch_size=4096, longest=300, num_rows=16384, seed=1)
 def test_large_batches(batch_size, longest, num_rows, seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (batch_size,), generator=generator).tolist()
@@ -186,7 +204,7 @@ def test_op_is_the_host_twin():
 def test_device_and_host_agree(num_rows, num_heads_kv, num_lanes):
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     generator = torch.Generator().manual_seed(num_rows)
-    for batch_size, longest in [(0, 0), (1, 0), (1, 2**31 - 2), (7, 64), (133, 5000), (1025, 3000), (4096, 100)]:
+    for batch_size, longest in BATCHES:
         lengths = torch.randint(-2, longest + 1, (batch_size,), generator=generator).to(torch.int32)
         planned = torch.ops.flash_mla.decode_schedule(lengths.cuda(), num_rows, num_heads_kv)
         expected = decode_schedule(lengths, num_rows, num_heads_kv, num_sms)
