@@ -68,6 +68,27 @@ def _import(name: str) -> types.ModuleType:
         raise Unavailable(f"import {name}: {type(error).__name__}: {error}") from error
 
 
+def _calls_of(
+    module: types.ModuleType, inputs: Inputs, metadata: Any, num_splits: Tensor | None
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The decode under the name and with the arguments that FlashMLA and this package have in common."""
+
+    def run(copy: int) -> tuple[Tensor, Tensor]:
+        return module.flash_mla_with_kvcache(
+            inputs.q,
+            inputs.caches[copy],
+            inputs.block_table,
+            inputs.cache_seqlens,
+            HEAD_DIM_V,
+            metadata,
+            num_splits,
+            inputs.softmax_scale,
+            inputs.shape.causal,
+        )
+
+    return run
+
+
 class ThisPackage(Peer):
     name = "flash_mla"
     title = "this package"
@@ -93,20 +114,7 @@ class ThisPackage(Peer):
 
         metadata, num_splits = plan()
 
-        def run(copy: int) -> tuple[Tensor, Tensor]:
-            return self.module.flash_mla_with_kvcache(
-                inputs.q,
-                inputs.caches[copy],
-                inputs.block_table,
-                inputs.cache_seqlens,
-                HEAD_DIM_V,
-                metadata,
-                num_splits,
-                inputs.softmax_scale,
-                shape.causal,
-            )
-
-        return Decoder(run, lambda result: result, plan)
+        return Decoder(_calls_of(self.module, inputs, metadata, num_splits), lambda result: result, plan)
 
 
 class FlashMla(Peer):
@@ -141,20 +149,7 @@ class FlashMla(Peer):
             rows = shape.seqlen_q * shape.num_heads_q // shape.num_heads_kv
             metadata, num_splits = self.module.get_mla_metadata(inputs.cache_seqlens, rows, shape.num_heads_kv)
 
-        def run(copy: int) -> tuple[Tensor, Tensor]:
-            return self.module.flash_mla_with_kvcache(
-                inputs.q,
-                inputs.caches[copy],
-                inputs.block_table,
-                inputs.cache_seqlens,
-                HEAD_DIM_V,
-                metadata,
-                num_splits,
-                inputs.softmax_scale,
-                shape.causal,
-            )
-
-        return Decoder(run, lambda result: result)
+        return Decoder(_calls_of(self.module, inputs, metadata, num_splits), lambda result: result)
 
 
 def _load_beside_its_library(path: Path) -> types.ModuleType:

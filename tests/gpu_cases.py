@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from cases import DEFAULT_SCALE, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
@@ -17,6 +18,8 @@ from reference import LSE_ATOL, LSE_RTOL, MAX_COSINE_DIFFERENCE, OUT_ATOL, OUT_R
 from torch import Tensor
 
 KEY_STD = 0.2  # queries have 1
+
+T = TypeVar("T")
 
 
 @functools.lru_cache(maxsize=2)
@@ -199,3 +202,17 @@ def check(
     out, lse = decode(q, cache, causal, scale)
     assert (wrong := mismatch(out, lse, reference(q, cache, causal, scale), lse_atol)) is None, wrong
     return out, lse
+
+
+def capture(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Warm up on another stream, as frameworks do, then capture; returns the graph and what the captured call gave."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result

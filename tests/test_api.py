@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEFAULT_SCALE, HEAD_DIM_V, Case, make_case
+from gpu_cases import capture
 
 import flash_mla
 from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
@@ -220,19 +221,6 @@ def test_import_paths():
         assert getattr(interface, name) is getattr(flash_mla, name)
     assert set(flash_mla.__all__) <= set(dir(flash_mla))
     assert (Path(flash_mla.__file__).parent / "py.typed").is_file()
-
-
-def capture(function):
-    """Warm up on a side stream, then capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 @pytest.mark.gpu

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from cases import DEFAULT_SCALE, HEAD_DIM_V
-from gpu_cases import PagedCache, check, decode, make_cache, make_queries, mismatch, random_lengths, reference
+from gpu_cases import PagedCache, capture, check, decode, make_cache, make_queries, mismatch, random_lengths, reference
 from torch import Tensor
 
 import flash_mla
@@ -66,20 +64,6 @@ class StaticBuffers:
             DEFAULT_SCALE,
             causal=True,
         )
-
-
-def capture(function: Callable[[], tuple[Tensor, Tensor]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-    """Warm up on another stream, as frameworks do, then capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 def replay(graph: torch.cuda.CUDAGraph, result: tuple[Tensor, Tensor]) -> None:
