@@ -11,7 +11,7 @@ STEPS = 8
 
 
 @triton.jit
-def _add_up(source, partial, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _add_up(source, partial, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     offsets = program * (BLOCK * STEPS) + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.int32)

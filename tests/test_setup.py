@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -220,7 +222,23 @@ def run_pip(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedP
 WHEEL_OPTIONS = ("wheel", "--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "wheels", ".")
 
 
-def test_wheel_without_kernels(source_copy, tmp_path):
+@pytest.fixture
+def environment(tmp_path) -> Path:
+    """The python of a virtual environment that has nothing installed."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+def run_without_kernels(python: Path) -> subprocess.CompletedProcess[str]:
+    """Import the package in an environment that borrows torch from this one, but no editable installation."""
+    program = "import flash_mla; print(flash_mla.__file__, flash_mla.is_available(), flash_mla.unavailable_reason())"
+    environ = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}
+    command = [str(python), "-c", program]
+    return subprocess.run(command, cwd=python.parent, env=environ, capture_output=True, text=True)
+
+
+def test_wheel_without_kernels(source_copy, environment, tmp_path):
     process = run_pip(*WHEEL_OPTIONS, cwd=source_copy, FLASH_MLA_CUDA="0")
     output = process.stdout + process.stderr
     assert process.returncode == 0, output
@@ -233,20 +251,43 @@ def test_wheel_without_kernels(source_copy, tmp_path):
     assert not [name for name in names if name.endswith((".so", ".cu", ".cpp"))]
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"flash_mla"}
 
-    # Installed apart from the sources, the package runs and knows why it has no kernels.
-    target = tmp_path / "installed"
-    process = run_pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path)
+    # Installed apart from the sources, and once more over itself, the package runs and knows why it has no kernels.
+    site_packages = environment.parents[1] / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    for options in ([], ["--force-reinstall"]):
+        install = ("--python", str(environment), "install", "--no-deps", "--no-index", *options, str(wheel))
+        process = run_pip(*install, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        process = run_without_kernels(environment)
+        assert process.returncode == 0, process.stderr
+        file, available, explanation = process.stdout.strip().split(" ", 2)
+        assert Path(file).is_relative_to(site_packages)
+        assert available == "False"
+        assert "FLASH_MLA_CUDA=0" in explanation
+
+    # Uninstalled, it leaves nothing behind, what was compiled at import included.
+    process = run_pip("--python", str(environment), "uninstall", "--yes", "flash_mla", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    program = "import flash_mla; print(flash_mla.__file__, flash_mla.is_available(), flash_mla.unavailable_reason())"
-    # -S keeps away the import hook of an editable installation, which would still offer its flash_mla._C.
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(Path(torch.__file__).parents[1])])}
-    command = [sys.executable, "-S", "-c", program]
-    process = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert not list(site_packages.glob("flash_mla*"))
+    assert "No module named 'flash_mla'" in run_without_kernels(environment).stderr
+
+
+def test_source_archive(source_copy, tmp_path):
+    """It has every source, and a wheel can be built from it alone."""
+    sources = {path.relative_to(source_copy).as_posix() for path in source_copy.rglob("*") if path.is_file()}
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    environ = {**os.environ, "FLASH_MLA_CUDA": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.run(command, cwd=source_copy, env=environ, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    file, available, explanation = process.stdout.strip().split(" ", 2)
-    assert Path(file).is_relative_to(target)
-    assert available == "False"
-    assert "FLASH_MLA_CUDA=0" in explanation
+    (archive,) = tmp_path.glob("flash_mla-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    assert sources <= packed
+
+    process = run_pip(*WHEEL_OPTIONS[:-1], str(archive), cwd=tmp_path, FLASH_MLA_CUDA="0")
+    assert process.returncode == 0, process.stdout + process.stderr
+    (wheel,) = (tmp_path / "wheels").glob("flash_mla-*-py3-none-any.whl")
+    assert "flash_mla/_build_info.json" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_required_kernels_that_cannot_be_built_are_an_error(source_copy):
@@ -256,3 +297,17 @@ def test_required_kernels_that_cannot_be_built_are_an_error(source_copy):
     assert process.returncode != 0
     assert "error: FLASH_MLA_CUDA=1, but the CUDA kernels cannot be built: " in output
     assert not list(source_copy.glob("wheels/*.whl"))
+
+
+def test_hooks_use_the_tools_of_the_environment():
+    """The linters run alike in `make lint` and in the hooks, and are pinned where the environment is made from."""
+    process = subprocess.run(
+        [str(Path(sys.executable).parent / "pre-commit"), "validate-config"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout
+    entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    tools = {entry.removeprefix(".venv/bin/") for entry in entries}
+    assert tools == {"ruff", "clang-format", "mypy"}
+    assert tools == set(re.findall(r"\$\(BIN\)/(ruff|clang-format|mypy)\b", (ROOT / "Makefile").read_text()))
+    pinned = {each.partition("==")[0] for each in requirements.requirements(["lint"]) if "==" in each}
+    assert tools <= pinned
