@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
+
 import pytest
 import torch
 from cases import HEAD_DIM_V, Case, make_case
@@ -88,6 +91,16 @@ def test_compile_without_graph_breaks(device, function, dynamic):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")
+def test_compile_with_the_default_backend():
+    case = example("cpu")
+    arguments = (case.q, case.k_cache, case.block_table, case.cache_seqlens, case.softmax_scale)
+    compiled = torch.compile(decode_lazily, fullgraph=True)
+    for actual, expected in zip(compiled(*arguments), decode_lazily(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_with_a_schedule_from_outside(device):
     """The plan that the compiled function makes is in the object afterwards, and other functions use it."""
 
@@ -118,6 +131,20 @@ def test_export(device):
     exported = torch.export.export(Layer(), arguments)
     for actual, expected in zip(exported.module()(*arguments), Layer()(*arguments), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_there_are_no_gradients(device):
+    """Not on the CPU either, where torch could find some: model code must not come to depend on them."""
+    case = example(device)
+    q, *others = case.op_arguments()
+    q = q.requires_grad_()
+    out, lse = ops.dense_decode(q, *others)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there is no gradient
+        (out.sum() + lse.sum()).backward()
+    assert q.grad is None
+    with torch.no_grad():
+        assert not ops.dense_decode(q, *others)[0].requires_grad
 
 
 @pytest.mark.gpu
