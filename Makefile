@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 REQUIREMENTS := $(VENV)/requirements-$(FLASH_MLA_CUDA).txt
 BUILT := $(VENV)/built-$(FLASH_MLA_CUDA)
-BUILD_SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find csrc -type f 2>/dev/null)
+BUILD_SOURCES := setup.py pyproject.toml flash_mla/_version.py $(wildcard build_tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' \) 2>/dev/null)
 
 .PHONY: demo test build lint format bench clean distclean

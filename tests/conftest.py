@@ -1,4 +1,4 @@
-"""Skips the tests marked `gpu` where there is no sm_90 GPU or no kernels, and says which of the two."""
+"""Skips the tests marked `gpu` where there is no sm_90 GPU or no kernels, and says which of the two at the top."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import pytest
 import torch
 
 import flash_mla
+
+
+def pytest_report_header() -> str:
+    reason = flash_mla.unavailable_reason()
+    return f"GPU tests: {'run' if reason is None else f'skipped, {reason}'}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -173,3 +173,13 @@ def test_schemas_are_defined_once():
 def test_every_op_has_a_cuda_implementation():
     implemented = re.findall(r'library\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
     assert sorted(implemented) == sorted(op_names())
+
+
+def test_nothing_ends_the_process():
+    """Errors are raised: whoever serves thousands of requests decides what becomes of the process."""
+    in_cpp = r"\b(_?exit|_Exit|quick_exit|abort|terminate|assert|__trap|CUTE_INVALID_CONTROL_PATH)\s*\("
+    in_python = r"\b(_?exit|abort)\(|SystemExit"
+    sources = [(path, in_cpp) for path in CPP_FILES] + [(path, in_python) for path in PACKAGE.glob("*.py")]
+    for path, pattern in sources:
+        found = re.search(pattern, path.read_text())
+        assert found is None, f"{path.relative_to(ROOT)}: {found[0]}"
