@@ -8,14 +8,15 @@ The lists are those of pyproject.toml; the CUDA compiler's wheels are left out w
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from build_tools.toolchain import PYPI_NVCC_PACKAGES, needs_pypi_nvcc
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ImportError:  # Python 3.10
-    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+else:
+    from pip._vendor import tomli as tomllib
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
