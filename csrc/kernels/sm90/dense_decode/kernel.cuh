@@ -45,7 +45,9 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
-    for (auto& full : barriers.latent_full) full.init(1);
+    for (auto& halves : barriers.latent_full) {
+        for (auto& full : halves) full.init(1);
+    }
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <mutex>
+#include <cstdlib>
 
 #include "kernels/sm90/dense_decode/dense_decode.h"
 #include "kernels/sm90/dense_decode/kernel.cuh"
@@ -23,7 +24,7 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const page{uint64_t(params.num_blocks),
                              params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1};
     TensorMapAxis const chunk_column{kColumns, kElementBytes, kColumns};
-    TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
+    TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerCopy};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
     cudaError_t const error =
         encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, tokens(kPageSize), chunk, head, page}});
@@ -68,8 +69,10 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
 
 template <typename Element>
 cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
-    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2>>(params, stream)
-                                          : launch_variant<DenseDecodeTraits<Element, 1>>(params, stream);
+    static char const* const mode = getenv("FM_MODE");
+    if (mode && mode[0] == '1' && cluster_size(params.grid) == 2) return launch_variant<DenseDecodeTraits<Element, 1, true>>(params, stream);
+    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2, true>>(params, stream)
+                                          : launch_variant<DenseDecodeTraits<Element, 1, false>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -44,19 +44,16 @@ struct BlockLoader {
 #pragma unroll 1
             for (uint32_t block = 0; block < Traits::kNumStages; ++block) look_up({block});
             cute::cp_async_wait<0>();
-            if (is_loading_thread) {
-                load_latent({0});
-                load_rope({0});
-            }
+            if (is_loading_thread) load_whole(0);
         }
         load_q();
+        if (!is_loading_warp) return;
         if (is_loading_thread) {
 #pragma unroll 1
-            for (uint32_t block = 1; block < Traits::kNumStages; ++block) {
-                load_latent({block});
-                if (block < Traits::kNumSlots) load_rope({block});
-            }
+            for (uint32_t block = 1; block < Traits::kNumStages; ++block) load_whole(block);
         }
+#pragma unroll 1
+        for (uint32_t block = Traits::kNumStages; block < Traits::kLookAhead; ++block) look_up({block});
         __syncwarp();
     }
 
@@ -69,20 +66,35 @@ struct BlockLoader {
         for (int row = lane; row < kBlockM; row += 32) prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
     }
 
-    // Fill the places of a block anew once the whole cluster has consumed it; each is called by one thread.
-    __device__ void refill_rope(BlockPosition<Traits> const& freed) const {
+    // Fill the places of a block anew once the whole cluster has consumed it. One thread of each output warpgroup calls its
+    // own; together they also fetch the block after these into the L2, so that its copy, for which room comes late, takes
+    // less time.
+    __device__ void refill_low(BlockPosition<Traits> const& freed) const {
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
+        // RoPE first: it has one stage less, so the scores need it sooner.
         load_rope(freed.later(Traits::kNumSlots));
+        load_latent(freed.later(Traits::kNumStages), 0);
     }
-    __device__ void refill_latent(BlockPosition<Traits> const& freed) const {
+    __device__ void refill_high(BlockPosition<Traits> const& freed) const {
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
-        load_latent(freed.later(Traits::kNumStages));
+        load_latent(freed.later(Traits::kNumStages), 1);
+        if constexpr (Traits::kTensorBound) prefetch(freed.later(Traits::kLookAhead));
     }
 
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
 
     __device__ static int rope_column() { return Traits::kLatentChunks * Traits::kChunkColumns; }
+    __device__ void load_whole(uint32_t block) const {
+        if (block < Traits::kNumSlots) load_rope({block});
+        load_latent({block}, 0);
+        load_latent({block}, 1);
+    }
+
+    // This CTA's share of a half.
+    __device__ static int first_chunk(int half) {
+        return half * Traits::kChunksPerHalf + rank() * Traits::kChunksPerCopy;
+    }
     __device__ static int rank() { return Traits::kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.
@@ -91,25 +103,31 @@ private:
                                                                                   : cute::TMA::CacheHintSm90::EVICT_FIRST);
     }
 
-    __device__ void load_latent(BlockPosition<Traits> const& block) const {
+    // One half of the latent columns.
+    __device__ void load_latent(BlockPosition<Traits> const& block, int half) const {
         LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.latent_full[block.stage()];
-        full.arrive_and_expect_tx(Traits::kLatentChunks * Traits::kChunkBytes);
+        auto& full = shared.barriers.latent_full[block.stage()][half];
+        full.arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
-        auto* const target = shared.latent[block.stage()];
+        int const chunk = first_chunk(half);
+        auto* const target = shared.latent[block.stage()][chunk];
         if constexpr (Traits::kClusterSize == 1) {
-#pragma unroll
-            for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kChunksPerHalf) {
-                cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), target[chunk], 0, 0, chunk,
-                                             order.head_kv, order.page);
-            }
+            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), target, 0, 0, chunk, order.head_kv,
+                                         order.page);
         } else {
-            int const chunk = rank() * Traits::kChunksPerHalf;
-            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target[chunk], 0, 0,
-                                                   chunk, order.head_kv, order.page);
+            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target, 0, 0, chunk,
+                                                   order.head_kv, order.page);
         }
-        // Room for the RoPE columns comes later; until then they wait in the L2.
+    }
+
+    __device__ void prefetch(BlockPosition<Traits> const& block) const {
+        LoadOrder const order = shared.order[block.order()];
+        if (order.head_kv == LoadOrder::kNothing) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&maps.latent, 0, 0, first_chunk(half), order.head_kv, order.page);
+        }
         cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
                                                order.page);
     }
@@ -166,15 +184,24 @@ struct QRegisters {
     // Word 4·step + 2·c + h is the pair of columns 16·step + 8·c + 2·(t % 4) of the thread's row h.
     uint32_t word[kNumSteps * 4];
 
-    // Word by word, straight to where they are used: wider loads would need as many registers again to sort them.
+    // Starts the loads, 16 bytes a lane: of each step's 32 bytes of two rows the i-th lane of a quad takes half i / 2 of row
+    // i % 2. Transposed within the quad that is the operand, in the same registers.
     __device__ void load(DenseDecodeParams const& params, Piece const& piece, int thread) {
         using Element = typename Traits::Element;
+        auto const* const columns = reinterpret_cast<uint4 const*>(
+            q_row<Element>(params, piece, fragment_row(thread, thread % 2)) + thread % 4 / 2 * 8);
 #pragma unroll
-        for (int h = 0; h < kRowsPerThread; ++h) {
-            auto const* const pairs =
-                reinterpret_cast<uint32_t const*>(q_row<Element>(params, piece, fragment_row(thread, h))) + thread % 4;
+        for (int step = 0; step < kNumSteps; ++step) {
+            uint4 const loaded = __ldg(columns + 2 * step);
+            word[4 * step] = loaded.x, word[4 * step + 1] = loaded.y;
+            word[4 * step + 2] = loaded.z, word[4 * step + 3] = loaded.w;
+        }
+    }
+
+    __device__ void finish() {
 #pragma unroll
-            for (int i = 0; i < 2 * kNumSteps; ++i) word[2 * i + h] = __ldg(pairs + 4 * i);
+        for (int step = 0; step < kNumSteps; ++step) {
+            transpose_in_quad(word[4 * step], word[4 * step + 1], word[4 * step + 2], word[4 * step + 3]);
         }
     }
 };

@@ -4,6 +4,7 @@
 #include "kernels/sm90/dense_decode/load.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/fragment.h"
+#include "kernels/sm90/primitives/swizzled_operand.h"
 
 namespace flash_mla::sm90 {
 
@@ -76,19 +77,16 @@ private:
     __device__ void multiply(Outputs& outputs) {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        auto const thread_mma = mma.get_slice(thread);
-        Tensor const s_p = make_tensor(make_smem_ptr(shared.rope_or_p[at.slot()]),
-                                       typename Traits::template LayoutRows<kPageSize>{});
+        SwizzledOperand const p(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
         Tensor const s_v = make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]),
                                        typename Traits::LayoutV{});
-        Tensor const r_p = thread_mma.partition_fragment_A(s_p);                       // (MMA, 1, k)
-        Tensor const r_v = thread_mma.partition_fragment_B(s_v);                       // (MMA, 1, k)
+        Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
 
         fence_outputs(outputs);
         warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < size<2>(r_p); ++k) {
-            cute::gemm(mma, r_p(_, _, k), r_v(_, _, k), outputs);
+        for (int k = 0; k < size<2>(r_v); ++k) {
+            cute::gemm(mma, p.step(k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
         warpgroup_wait<0>();
@@ -112,9 +110,9 @@ private:
     __device__ void refill() const {
         BlockLoader<Traits> const loader{params, maps, shared};
         if (role == WarpgroupRole::kOutputLow) {
-            loader.refill_rope(at);
+            loader.refill_low(at);
         } else {
-            loader.refill_latent(at);
+            loader.refill_high(at);
         }
     }
 
@@ -177,7 +175,7 @@ private:
                 word[i] = pack_pair(normalized(outputs[first], inverse_sum),
                                     normalized(outputs[first + 1], inverse_sum), Element{});
             }
-            transpose_in_quad(word);
+            transpose_in_quad(word[0], word[1], word[2], word[3]);
             if (exists) *reinterpret_cast<uint4*>(target + 32 * group) = uint4{word[0], word[1], word[2], word[3]};
         }
     }

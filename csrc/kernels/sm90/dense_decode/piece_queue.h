@@ -6,10 +6,10 @@
 
 namespace flash_mla::sm90 {
 
-// Nobody waits for room: loads run at most 3 blocks ahead of the slower output warpgroup, which is at most 2 blocks behind
-// the other, so with at least one block per piece no more than 6 pieces are in use.
+// Nobody waits for room: pages are looked up kLookAhead blocks before the scores, and these are at most 2 blocks before the
+// slower output warpgroup, so with at least one block per piece and one for the end fewer pieces are in use.
 struct PieceQueue {
-    static constexpr int kCapacity = 8;
+    static constexpr int kCapacity = 16;
 
     Piece piece[kCapacity];
     Barrier full[kCapacity];

@@ -26,8 +26,6 @@ struct ScoresMainloop {
 
     struct Probabilities {
         uint32_t word[kNumScores / 2];  // pairs, in the input type
-        float rescale[kRowsPerThread];
-        bool must_rescale;
     };
 
     __device__ void run() {
@@ -51,6 +49,7 @@ private:
         // What is left but the last one; a bit tells the first block, in the same register.
         constexpr uint32_t kFirst = 1u << 31;
         uint32_t blocks_left = (piece.num_blocks() - 1) | kFirst;
+        q.finish();
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
@@ -86,14 +85,14 @@ private:
     // Completes the scores of the current block.
     __device__ void finish_scores(Scores& scores, bool previous_is_held) {
         issue_other_latent_scores(scores);
-        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kNumStages));
-        issue_rope_scores(scores);
+        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kLookAhead));
         if constexpr (Traits::kTensorBound) {
             // The output of the block before may begin: by the time it does, the tensor cores are nearly through with these
             // scores, and then busy with the output while the softmax is computed.
-            cute::warpgroup_wait<2>();
+            cute::warpgroup_wait<1>();
             if (previous_is_held) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
         }
+        issue_rope_scores(scores);
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         // The page looked up meanwhile is there for who sees p_ready.
@@ -127,7 +126,7 @@ private:
     __device__ void issue_first_latent_scores(Scores& scores, BlockPosition<Traits> const& block) {
         SwizzledOperand const latent(shared_address(shared.latent) + block.stage() * sizeof(shared.latent[0]));
         cute::warpgroup_fence_operand(scores);
-        shared.barriers.latent_full[block.stage()].wait(block.stage_phase());
+        shared.barriers.latent_full[block.stage()][0].wait(block.stage_phase());
         cute::warpgroup_arrive();
         multiply_register_q<0, kFirstSteps>(scores, latent);
         cute::warpgroup_commit_batch();
@@ -137,6 +136,8 @@ private:
         cute::warpgroup_arrive();
         multiply_register_q<kFirstSteps, kHandOverSteps>(scores, latent);
         cute::warpgroup_commit_batch();
+        shared.barriers.latent_full[at.stage()][1].wait(at.stage_phase());
+        cute::warpgroup_arrive();
         multiply_register_q<kHandOverSteps, kRegisterSteps>(scores, latent);
         multiply_shared_q<kRegisterSteps>(scores, 0, latent);
         cute::warpgroup_commit_batch();
@@ -153,7 +154,7 @@ private:
     }
 
     static constexpr int kFirstSteps = 2 * Traits::kStepsPerChunk;
-    static constexpr int kHandOverSteps = 5 * Traits::kStepsPerChunk;
+    static constexpr int kHandOverSteps = 4 * Traits::kStepsPerChunk;
 
     template <int kBegin, int kEnd>
     __device__ void multiply_register_q(Scores& scores, SwizzledOperand const& latent) {
@@ -181,11 +182,6 @@ private:
         }
     }
 
-    template <typename T>
-    __device__ static uint32_t shared_address(T const& object) {
-        return cute::cast_smem_ptr_to_uint(&object);
-    }
-
     // Turns scores into probabilities. Afterwards the next scores may take their registers.
     __device__ void make_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax,
                                        Probabilities& p) const {
@@ -199,7 +195,14 @@ private:
         }
         num_keys[0] -= kPageSize;
         num_keys[1] -= kPageSize;
-        p.must_rescale = softmax.raise(scores, params.softmax_scale_log2, p.rescale);
+        float rescale[kRowsPerThread];
+        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
+        int const thread = thread_in_warpgroup_now(), slot = at.slot();
+        if (must_rescale && thread % 4 == 0) {
+            shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
+            shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
+        }
+        if (thread % 32 == 0) shared.must_rescale[slot][thread / 32] = must_rescale;
         softmax.exponentiate(scores, params.softmax_scale_log2);
 #pragma unroll
         for (int i = 0; i < kNumScores / 2; ++i) p.word[i] = pack_pair(scores[2 * i], scores[2 * i + 1], Element{});
@@ -212,12 +215,6 @@ private:
     // Writes them for the output warpgroups, which see them once p_ready is signalled.
     __device__ void store_probabilities(Probabilities const& p) const {
         int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
-        if (p.must_rescale && lane % 4 == 0) {
-            shared.rescale[slot][fragment_row(thread, 0)] = p.rescale[0];
-            shared.rescale[slot][fragment_row(thread, 1)] = p.rescale[1];
-        }
-        if (lane == 0) shared.must_rescale[slot][warp] = p.must_rescale;
-
         // P overwrites RoPE columns, which all four warps must have read.
         sync_warpgroup();
         int const row = 16 * warp + lane % 16;

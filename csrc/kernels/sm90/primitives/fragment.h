@@ -38,17 +38,17 @@ __device__ inline uint32_t pack_pair(float low, float high, cutlass::half_t) {
 }
 
 // Transposes a 4×4 matrix of words whose row i the i-th lane of each quad holds.
-__device__ inline void transpose_in_quad(uint32_t (&word)[4]) {
+__device__ inline void transpose_in_quad(uint32_t& word0, uint32_t& word1, uint32_t& word2, uint32_t& word3) {
     auto exchange = [](uint32_t& kept_by_upper, uint32_t& kept_by_lower, int distance) {
         bool const upper = threadIdx.x & distance;
         uint32_t const sent = upper ? kept_by_upper : kept_by_lower;
         uint32_t const received = __shfl_xor_sync(~0u, sent, distance);
         (upper ? kept_by_upper : kept_by_lower) = received;
     };
-    exchange(word[0], word[1], 1);
-    exchange(word[2], word[3], 1);
-    exchange(word[0], word[2], 2);
-    exchange(word[1], word[3], 2);
+    exchange(word0, word1, 1);
+    exchange(word2, word3, 1);
+    exchange(word0, word2, 2);
+    exchange(word1, word3, 2);
 }
 
 // Four 8×8 matrices of 16-bit elements from registers to shared memory; lane l gives the address of row l % 8 of matrix

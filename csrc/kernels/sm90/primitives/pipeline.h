@@ -8,8 +8,8 @@ namespace flash_mla::sm90 {
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;  // also counts bytes that copies deliver
 
-// A value that is the same in all lanes, such that the compiler knows: what follows from it goes into uniform registers.
-__device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+// A value that is the same in all lanes, in a uniform register: that is where a reduction leaves it.
+__device__ inline uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
 // One arrival for a whole warp, after everything its lanes did.
 __device__ inline void warp_arrive(Barrier const& barrier) {
