@@ -1,4 +1,4 @@
-// One CTA per worker, lane and pair of rows. A worker whose last piece begins a tile that later workers go on with merges
+// One CTA per worker, lane and four rows. A worker whose last piece begins a tile that later workers go on with merges
 // that tile; all other CTAs end at once. Pieces are added in the order of the workers, so results repeat bit for bit.
 #include "kernels/split_kv_combine/split_kv_combine.h"
 
@@ -13,9 +13,10 @@
 namespace flash_mla {
 namespace {
 
-constexpr int kColumnsPerThread = 4;
-constexpr int kThreadsPerRow = kHeadDimV / kColumnsPerThread;
-constexpr int kRowsPerCta = 2;
+constexpr int kVectorColumns = 4;
+constexpr int kVectorsPerThread = 2;
+constexpr int kThreadsPerRow = kHeadDimV / kVectorColumns / kVectorsPerThread;
+constexpr int kRowsPerCta = 4;
 constexpr int kWarpSize = 32;
 
 __device__ void store_columns(__nv_bfloat16* target, float4 const& x) {
@@ -36,8 +37,8 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-// Turns the log2-sum-exp2 of the pieces of one row into their weights, by one warp, and returns that of all of them: -inf
-// for a row that saw no key.
+// Turns the log2-sum-exp2 of the pieces of one row into their weights, by one warp, and returns that of all of them:
+// -inf for a row that saw no key.
 __device__ float merge_weights(float* lse_to_weight, int num_pieces) {
     int const lane = threadIdx.x % kWarpSize;
     float largest = -INFINITY;
@@ -48,7 +49,8 @@ __device__ float merge_weights(float* lse_to_weight, int num_pieces) {
     for (int i = lane; i < num_pieces; i += kWarpSize) sum += saw_no_key ? 0.f : exp2f(lse_to_weight[i] - largest);
     sum = warp_sum(sum);
     float const lse = saw_no_key ? -INFINITY : log2f(sum) + largest;
-    for (int i = lane; i < num_pieces; i += kWarpSize) lse_to_weight[i] = saw_no_key ? 0.f : exp2f(lse_to_weight[i] - lse);
+    for (int i = lane; i < num_pieces; i += kWarpSize)
+        lse_to_weight[i] = saw_no_key ? 0.f : exp2f(lse_to_weight[i] - lse);
     return lse;
 }
 
@@ -93,22 +95,28 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     __syncthreads();
     if (!exists) return;
 
-    int const column = thread * kColumnsPerThread;
-    float4 sum{0.f, 0.f, 0.f, 0.f};
+    float4 sum[kVectorsPerThread] = {};
 #pragma unroll 4
     for (int piece = 0; piece < num_pieces; ++piece) {
         float const w = weight[piece];
         if (w == 0.f) continue;  // a piece without keys has written none
-        float4 const part =
-            *reinterpret_cast<float4 const*>(params.out_partial + partial_row(slot_of(piece)) * kHeadDimV + column);
-        sum.x = fmaf(w, part.x, sum.x);
-        sum.y = fmaf(w, part.y, sum.y);
-        sum.z = fmaf(w, part.z, sum.z);
-        sum.w = fmaf(w, part.w, sum.w);
+        auto const* const part =
+            reinterpret_cast<float4 const*>(params.out_partial + partial_row(slot_of(piece)) * kHeadDimV) + thread;
+#pragma unroll
+        for (int i = 0; i < kVectorsPerThread; ++i) {
+            float4 const x = part[i * kThreadsPerRow];
+            sum[i].x = fmaf(w, x.x, sum[i].x);
+            sum[i].y = fmaf(w, x.y, sum[i].y);
+            sum[i].z = fmaf(w, x.z, sum[i].z);
+            sum[i].w = fmaf(w, x.w, sum[i].w);
+        }
     }
-    store_columns(static_cast<Element*>(params.out) + row.end_batch * params.out_batch_stride +
-                      at.token * params.out_token_stride + at.head_q * params.out_head_stride + column,
-                  sum);
+    Element* const out_row = static_cast<Element*>(params.out) + row.end_batch * params.out_batch_stride +
+                             at.token * params.out_token_stride + at.head_q * params.out_head_stride;
+#pragma unroll
+    for (int i = 0; i < kVectorsPerThread; ++i) {
+        store_columns(out_row + (i * kThreadsPerRow + thread) * kVectorColumns, sum[i]);
+    }
 }
 
 }  // namespace
@@ -125,8 +133,8 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = 1;
-    auto* const kernel = type == ElementType::kBFloat16 ? split_kv_combine_kernel<__nv_bfloat16>
-                                                        : split_kv_combine_kernel<__half>;
+    auto* const kernel =
+        type == ElementType::kBFloat16 ? split_kv_combine_kernel<__nv_bfloat16> : split_kv_combine_kernel<__half>;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
