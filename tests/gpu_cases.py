@@ -17,7 +17,8 @@ from cases import DEFAULT_SCALE, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from reference import LSE_ATOL, LSE_RTOL, MAX_COSINE_DIFFERENCE, OUT_ATOL, OUT_RTOL
 from torch import Tensor
 
-KEY_STD = 0.2  # queries have 1
+# Queries have 1. Probabilities are rounded to bf16, so keys of a size such that 2^-9 of it lies well within OUT_ATOL.
+KEY_STD = 0.1
 
 T = TypeVar("T")
 
