@@ -22,7 +22,8 @@ py::dict build_info() {
     info["arch"] = "sm_90a";
     info["cuda"] = cuda_version();
     info["torch"] = TORCH_VERSION;
-    info["cutlass"] = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." + std::to_string(CUTLASS_PATCH);
+    info["cutlass"] =
+        std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." + std::to_string(CUTLASS_PATCH);
     info["dtypes"] = py::make_tuple("bfloat16", "float16");
     return info;
 }
@@ -35,6 +36,4 @@ TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
     library.impl("dense_decode_out", &flash_mla::dense_decode_out);
 }
 
-PYBIND11_MODULE(_C, module) {
-    module.def("build_info", &build_info, "What the extension was built for, and with.");
-}
+PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "What the extension was built for, and with."); }

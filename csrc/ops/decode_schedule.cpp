@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> decode_schedule(Tensor const& cache_seqlens, int64_t 
                       " requests, got ", cache_seqlens.size(0));
     TORCH_CHECK_VALUE(num_rows_per_head_kv >= 1 && num_rows_per_head_kv <= kMaxRows,
                       "num_rows_per_head_kv must be positive, got ", num_rows_per_head_kv);
-    TORCH_CHECK_VALUE(num_heads_kv >= 1 && num_heads_kv <= kMaxRows, "num_heads_kv must be positive, got ", num_heads_kv);
+    TORCH_CHECK_VALUE(num_heads_kv >= 1 && num_heads_kv <= kMaxRows, "num_heads_kv must be positive, got ",
+                      num_heads_kv);
     c10::cuda::CUDAGuard const guard(cache_seqlens.device());
 
     WorkerGrid const grid =

@@ -33,8 +33,8 @@ void check_arguments(Arguments const& a) {
     check_dtype("num_splits", a.num_splits, at::kInt);
 
     check_shape("q", a.q, "(batch_size, seqlen_q, num_heads_q, head_dim) = ", {-1, -1, -1, kHeadDim});
-    check_shape("k_cache", a.k_cache, "(num_blocks, page_size, num_heads_kv, head_dim) = ",
-                {-1, kPageSize, -1, kHeadDim});
+    check_shape("k_cache", a.k_cache,
+                "(num_blocks, page_size, num_heads_kv, head_dim) = ", {-1, kPageSize, -1, kHeadDim});
     check_shape("block_table", a.block_table, "(batch_size, max_blocks_per_request) = ", {a.q.size(0), -1});
     check_shape("cache_seqlens", a.cache_seqlens, "(batch_size,) = ", {a.q.size(0)});
     TORCH_CHECK_VALUE(a.q.size(1) >= 1, "q must have at least one token per request, got shape ", a.q.sizes());
@@ -61,8 +61,9 @@ void check_arguments(Arguments const& a) {
 }
 
 void check_plan(Arguments const& a, WorkerGrid const& grid) {
-    check_shape("tile_scheduler_metadata", a.tile_scheduler_metadata,
-                "(num_workers, 8), as planned for these head counts and seqlen_q, = ", {grid.num_workers, kWorkerRowInts});
+    check_shape(
+        "tile_scheduler_metadata", a.tile_scheduler_metadata,
+        "(num_workers, 8), as planned for these head counts and seqlen_q, = ", {grid.num_workers, kWorkerRowInts});
     check_shape("num_splits", a.num_splits, "(batch_size + 1,) = ", {a.q.size(0) + 1});
 }
 
@@ -87,7 +88,8 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
     params.num_blocks = int(a.k_cache.size(0));
     params.heads_per_group = params.num_heads_q / params.num_heads_kv;
     params.rows_per_head_kv = params.seqlen_q * params.heads_per_group;
-    // With a scale of exactly 0 a masked score of -inf would become NaN; with one this small all keys still weigh the same.
+    // With a scale of exactly 0 a masked score of -inf would become NaN; with one this small all keys still weigh the
+    // same.
     constexpr double kSmallestScale = 1e-30, kLog2E = 1.4426950408889634;
     params.softmax_scale_log2 = float(std::max(a.softmax_scale, kSmallestScale) * kLog2E);
     params.causal = a.causal && params.seqlen_q > 1;
@@ -120,8 +122,8 @@ Tensor run(Arguments const& a, Tensor const& out) {
     auto const launch_decode = is_bfloat16 ? sm90::launch_dense_decode<ElementType::kBFloat16>
                                            : sm90::launch_dense_decode<ElementType::kFloat16>;
     C10_CUDA_CHECK(launch_decode(params, stream));
-    C10_CUDA_CHECK(launch_split_kv_combine(
-        params, is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, stream));
+    C10_CUDA_CHECK(
+        launch_split_kv_combine(params, is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, stream));
     return lse;
 }
 
@@ -144,8 +146,8 @@ Tensor dense_decode_out(Tensor const& q, Tensor const& k_cache, Tensor const& bl
                               num_splits, softmax_scale, causal};
     check_arguments(arguments);
     check_dtype("out", out, q.scalar_type());
-    check_shape("out", out, "(batch_size, seqlen_q, num_heads_q, head_dim_v) = ",
-                {q.size(0), q.size(1), q.size(2), kHeadDimV});
+    check_shape("out", out,
+                "(batch_size, seqlen_q, num_heads_q, head_dim_v) = ", {q.size(0), q.size(1), q.size(2), kHeadDimV});
     check_on_device("out", out, q.device());
     check_rows("out", out);
     return run(arguments, out);

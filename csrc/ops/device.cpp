@@ -14,8 +14,8 @@ int ask_num_sms(int device) {
     int major = 0, minor = 0, num_sms = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    TORCH_CHECK(major == 9 && minor == 0, "flash_mla's kernels need an sm_90 GPU (H100, H200, H800, H20), got sm_", major,
-                minor, " (cuda:", device, ")");
+    TORCH_CHECK(major == 9 && minor == 0, "flash_mla's kernels need an sm_90 GPU (H100, H200, H800, H20), got sm_",
+                major, minor, " (cuda:", device, ")");
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
     return num_sms;
 }

@@ -11,15 +11,15 @@ enum class ElementType { kBFloat16, kFloat16 };  // of q, k_cache and out
 
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct DenseDecodeParams {
-    void const* q;             // (batch_size, seqlen_q, num_heads_q, 576)
-    void const* k_cache;       // (num_blocks, 64, num_heads_kv, 576)
-    int const* block_table;    // (batch_size, >= ceil(cache_seqlens[i] / 64)), any row stride
-    int const* cache_seqlens;  // (batch_size,)
-    WorkerRow const* metadata; // (num_workers,)
-    void* out;                 // (batch_size, seqlen_q, num_heads_q, 512)
-    float* lse;                // (batch_size, num_heads_q, seqlen_q), natural log
-    float* out_partial;        // (num_partial_slots, num_lanes, 64, 512)
-    float* lse_partial;        // (num_partial_slots, num_lanes, 64), log2
+    void const* q;              // (batch_size, seqlen_q, num_heads_q, 576)
+    void const* k_cache;        // (num_blocks, 64, num_heads_kv, 576)
+    int const* block_table;     // (batch_size, >= ceil(cache_seqlens[i] / 64)), any row stride
+    int const* cache_seqlens;   // (batch_size,)
+    WorkerRow const* metadata;  // (num_workers,)
+    void* out;                  // (batch_size, seqlen_q, num_heads_q, 512)
+    float* lse;                 // (batch_size, num_heads_q, seqlen_q), natural log
+    float* out_partial;         // (num_partial_slots, num_lanes, 64, 512)
+    float* lse_partial;         // (num_partial_slots, num_lanes, 64), log2
 
     int64_t q_batch_stride, q_token_stride, q_head_stride;
     int64_t k_block_stride, k_token_stride, k_head_stride;

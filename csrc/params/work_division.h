@@ -25,8 +25,8 @@ struct WorkerGrid {
     int num_lanes;
     int num_workers;
     int tiles_per_request;
-    int m_tiles;             // 64-row tiles of one kv head's query rows
-    int lane_groups;         // ceil(m_tiles / num_lanes)
+    int m_tiles;      // 64-row tiles of one kv head's query rows
+    int lane_groups;  // ceil(m_tiles / num_lanes)
 };
 
 // Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling SMs.

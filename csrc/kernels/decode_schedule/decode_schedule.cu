@@ -66,8 +66,8 @@ __device__ int find_request(int64_t const* start, int batch_size, int64_t x) {
 __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeScheduleParams const params) {
     extern __shared__ int64_t start[];  // [batch_size + 1]
     int64_t* const warp_totals = start + params.batch_size + 1;
-    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);             // [num_workers + 1]
-    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.num_workers + 1);      // [num_workers + 1]
+    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);         // [num_workers + 1]
+    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.num_workers + 1);  // [num_workers + 1]
 
     int64_t carry = 0;
     if (threadIdx.x == 0) start[0] = 0;
@@ -149,8 +149,8 @@ cudaError_t launch_decode_schedule(DecodeScheduleParams const& params, cudaStrea
     size_t const shared_bytes = sizeof(int64_t) * (params.batch_size + 1 + kWarps) +
                                 (sizeof(Boundary) + sizeof(int)) * (params.num_workers + 1);
     if (shared_bytes > 48 * 1024) {
-        cudaError_t const status = cudaFuncSetAttribute(
-            decode_schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        cudaError_t const status = cudaFuncSetAttribute(decode_schedule_kernel,
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
         if (status != cudaSuccess) return status;
     }
     decode_schedule_kernel<<<1, kThreads, shared_bytes, stream>>>(params);

@@ -4,30 +4,39 @@
 //   P = softmax(S)        masked to the request's tokens, and bottom-right causal where asked
 //   O = P·V               V = the first 512 columns of K
 //
-// The query rows of a request and kv head (tokens × heads of the group) are packed into tiles of 64. A CTA runs through
-// the pieces of its worker's stretch of the plan (pieces.h): persistent, one CTA per SM, 384 threads, 168 registers each.
+// The query rows of a request and kv head (tokens × heads of the group) are packed into tiles of 64. A CTA runs
+// through the pieces of its worker's stretch of the plan (pieces.h): persistent, one CTA per SM, 384 threads. Where
+// tiles of a request come in pairs, two CTAs form a cluster, and each copies half of every KV block to both.
 //
-// Warpgroups
-//   scores       S, softmax, P to shared memory, log-sum-exp; gathers the query rows; looks up the page of the KV block
-//                that each freed stage takes next ("order")
-//   output low   O for columns 0–255; when it has freed its half of a stage, starts the copies that refill it
-//   output high  O for columns 256–511; the same, and the RoPE columns
+// Warpgroups (registers)
+//   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. Its first warp looks
+//                      up pages, announces the pieces to the others and loads the first blocks
+//   output low (160)   O for columns 0–255; copies RoPE columns to where P was
+//   output high (160)  O for columns 256–511; copies the next latent columns to where V was
 //
+// clang-format off
 // Shared memory (bytes)
-//   q                73728   9 chunks (64 rows × 64 columns, 128-byte swizzle); free for the next piece after its last S
-//   kv           2 × 73728   ring of 2 stages, 9 chunks each. Chunks 0–7 are K's latent columns and V; chunk 8 is RoPE
-//                            until S of the block is done, then P (64 × 64) until O of the block is done
-//   statistics               rescale factors, flags and load order per stage, 1 / row sum per piece
+//   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
+//   rope_or_p 2 × 8192   K's RoPE columns until S of the block is done, then P (64 × 64) until O of the block is done
+//   q            16384   the last two chunks of Q; free for the next piece after the last S of its piece
+//   the rest      1300   rescale factors and flags per slot, 1 / row sum, page orders, pieces, barriers
 //
-// Barriers (mbarriers)       arrivals                        waited for by
-//   kv_full[stage][chunk]    who starts the copy + 8192 B    scores
-//   p_ready[stage]           4 warps of scores               output: P, rescale and order of the stage are there
-//   p_read_by_low[stage]     4 warps of output low           output high, before it overwrites P with RoPE
-//   stats_full               4 warps of scores               output
-//   stats_empty              8 warps of output               scores
-// Every warpgroup has a hardware barrier of its own: scores before P overwrites RoPE and around the query rows, output
-// before it refills what its four warps read. All that ordinary stores put where wgmma or a copy comes next passes a
-// proxy fence before its barrier.
+// Barriers (mbarriers)   arrivals                           waited for by
+//   latent_full[stage]   who starts the copies + 65536 B    scores
+//   rope_full[slot]      who starts the copies + 8192 B     scores
+//   p_ready[slot]        4 warps of scores                  output: P, rescale factors and the next page are there
+//   consumed[slot]       8 warps of output, of every CTA    output, before it copies to the places of the block
+//   stats_full           4 warps of scores                  output
+//   stats_empty          8 warps of output                  scores
+//   pieces.full[i]       who looks up pages                 scores, output
+// clang-format on
+// The scores warpgroup has a hardware barrier of its own, before P overwrites RoPE columns and around the query rows;
+// an output warpgroup has one for clearing keys. All that ordinary stores put where wgmma or a copy comes next passes
+// a proxy fence before its barrier.
+//
+// One block, where the tensor cores are the limit: S of block i+1 is issued; when its latent part is through, P of
+// block i is released, so that O of block i runs under the softmax of block i+1. Where memory is the limit P is
+// released at once.
 //
 // Numerics: scores in float32, softmax in the log2 domain with a lazily raised maximum (online_softmax.h), P in the
 // input type, O in float32. A row that sees no key gives 0 and +inf. Keys behind the last one are cleared from V.
@@ -45,9 +54,7 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
-    for (auto& halves : barriers.latent_full) {
-        for (auto& full : halves) full.init(1);
-    }
+    for (auto& full : barriers.latent_full) full.init(1);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);

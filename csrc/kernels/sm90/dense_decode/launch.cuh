@@ -2,7 +2,6 @@
 #pragma once
 
 #include <mutex>
-#include <cstdlib>
 
 #include "kernels/sm90/dense_decode/dense_decode.h"
 #include "kernels/sm90/dense_decode/kernel.cuh"
@@ -24,12 +23,13 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const page{uint64_t(params.num_blocks),
                              params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1};
     TensorMapAxis const chunk_column{kColumns, kElementBytes, kColumns};
-    TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerCopy};
+    TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
-    cudaError_t const error =
-        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, tokens(kPageSize), chunk, head, page}});
+    cudaError_t const error = encode_tensor_map<5>(&maps->latent, kType, params.k_cache,
+                                                   {{chunk_column, tokens(kPageSize), chunk, head, page}});
     if (error != cudaSuccess) return error;
-    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, tokens(Traits::kRopeTokens), head, page}});
+    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache,
+                                {{column, tokens(Traits::kRopeTokens), head, page}});
 }
 
 // Raises a kernel's shared-memory limit, once per device.
@@ -53,7 +53,8 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     if (cudaError_t const error = encode_k_maps<Traits>(&maps, params); error != cudaSuccess) return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
-    if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess) return error;
+    if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)
+        return error;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {Traits::kClusterSize, 1, 1};
@@ -69,10 +70,8 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
 
 template <typename Element>
 cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
-    static char const* const mode = getenv("FM_MODE");
-    if (mode && mode[0] == '1' && cluster_size(params.grid) == 2) return launch_variant<DenseDecodeTraits<Element, 1, true>>(params, stream);
-    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2, true>>(params, stream)
-                                          : launch_variant<DenseDecodeTraits<Element, 1, false>>(params, stream);
+    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2>>(params, stream)
+                                          : launch_variant<DenseDecodeTraits<Element, 1>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

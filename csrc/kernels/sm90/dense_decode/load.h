@@ -26,16 +26,16 @@ __device__ void prefetch_q_row(DenseDecodeParams const& params, Piece const& pie
                  : "memory");
 }
 
-// Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns and some tokens of the RoPE
-// columns, to the same place in both.
+// Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns and some tokens of the
+// RoPE columns, to the same place in both.
 template <typename Traits>
 struct BlockLoader {
     DenseDecodeParams const& params;
     KMaps const& maps;
     typename Traits::SharedStorage& shared;
 
-    // By one warp, which alone looks up pages. Calls load_q once the first block is on its way, so that the query rows do
-    // not have to queue behind all the others.
+    // By one warp, which alone looks up pages. Calls load_q once the first block is on its way, so that the query rows
+    // do not have to queue behind all the others.
     template <typename LoadQ>
     __device__ void load_first_blocks(LoadQ&& load_q) const {
         bool const is_loading_warp = thread_in_warpgroup_now() < 32, is_loading_thread = thread_in_warpgroup_now() == 0;
@@ -52,8 +52,6 @@ struct BlockLoader {
 #pragma unroll 1
             for (uint32_t block = 1; block < Traits::kNumStages; ++block) load_whole(block);
         }
-#pragma unroll 1
-        for (uint32_t block = Traits::kNumStages; block < Traits::kLookAhead; ++block) look_up({block});
         __syncwarp();
     }
 
@@ -63,22 +61,18 @@ struct BlockLoader {
         bool enters_piece = false;
         if (lane == 0) enters_piece = shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
         if (!__any_sync(~0u, enters_piece)) return;
-        for (int row = lane; row < kBlockM; row += 32) prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
+        for (int row = lane; row < kBlockM; row += 32)
+            prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
     }
 
-    // Fill the places of a block anew once the whole cluster has consumed it. One thread of each output warpgroup calls its
-    // own; together they also fetch the block after these into the L2, so that its copy, for which room comes late, takes
-    // less time.
-    __device__ void refill_low(BlockPosition<Traits> const& freed) const {
+    // Fill the places of a block anew once the whole cluster has consumed it. Each is called by one thread.
+    __device__ void refill_rope(BlockPosition<Traits> const& freed) const {
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
-        // RoPE first: it has one stage less, so the scores need it sooner.
         load_rope(freed.later(Traits::kNumSlots));
-        load_latent(freed.later(Traits::kNumStages), 0);
     }
-    __device__ void refill_high(BlockPosition<Traits> const& freed) const {
+    __device__ void refill_latent(BlockPosition<Traits> const& freed) const {
         shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
-        load_latent(freed.later(Traits::kNumStages), 1);
-        if constexpr (Traits::kTensorBound) prefetch(freed.later(Traits::kLookAhead));
+        load_latent(freed.later(Traits::kNumStages));
     }
 
 private:
@@ -87,47 +81,37 @@ private:
     __device__ static int rope_column() { return Traits::kLatentChunks * Traits::kChunkColumns; }
     __device__ void load_whole(uint32_t block) const {
         if (block < Traits::kNumSlots) load_rope({block});
-        load_latent({block}, 0);
-        load_latent({block}, 1);
+        load_latent({block});
     }
 
-    // This CTA's share of a half.
-    __device__ static int first_chunk(int half) {
-        return half * Traits::kChunksPerHalf + rank() * Traits::kChunksPerCopy;
-    }
     __device__ static int rank() { return Traits::kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.
     __device__ uint64_t cache_hint() const {
-        return static_cast<uint64_t>(params.grid.num_lanes > Traits::kClusterSize ? cute::TMA::CacheHintSm90::EVICT_NORMAL
-                                                                                  : cute::TMA::CacheHintSm90::EVICT_FIRST);
+        return static_cast<uint64_t>(params.grid.num_lanes > Traits::kClusterSize
+                                         ? cute::TMA::CacheHintSm90::EVICT_NORMAL
+                                         : cute::TMA::CacheHintSm90::EVICT_FIRST);
     }
 
-    // One half of the latent columns.
-    __device__ void load_latent(BlockPosition<Traits> const& block, int half) const {
+    __device__ void load_latent(BlockPosition<Traits> const& block) const {
         LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.latent_full[block.stage()][half];
-        full.arrive_and_expect_tx(Traits::kChunksPerHalf * Traits::kChunkBytes);
+        auto& full = shared.barriers.latent_full[block.stage()];
+        full.arrive_and_expect_tx(Traits::kLatentChunks * Traits::kChunkBytes);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
-        int const chunk = first_chunk(half);
-        auto* const target = shared.latent[block.stage()][chunk];
+        auto* const target = shared.latent[block.stage()];
         if constexpr (Traits::kClusterSize == 1) {
-            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), target, 0, 0, chunk, order.head_kv,
-                                         order.page);
-        } else {
-            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target, 0, 0, chunk,
-                                                   order.head_kv, order.page);
-        }
-    }
-
-    __device__ void prefetch(BlockPosition<Traits> const& block) const {
-        LoadOrder const order = shared.order[block.order()];
-        if (order.head_kv == LoadOrder::kNothing) return;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&maps.latent, 0, 0, first_chunk(half), order.head_kv, order.page);
+            for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kChunksPerHalf) {
+                cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), target[chunk], 0, 0, chunk,
+                                             order.head_kv, order.page);
+            }
+        } else {
+            int const chunk = rank() * Traits::kChunksPerHalf;
+            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target[chunk], 0,
+                                                   0, chunk, order.head_kv, order.page);
         }
+        // Room for the RoPE columns comes later; until then they wait in the L2.
         cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
                                                order.page);
     }
@@ -144,14 +128,14 @@ private:
             cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), target, rope_column(), first_token,
                                          order.head_kv, order.page);
         } else {
-            cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&maps.rope, bytes_arrived, kToAll, cache_hint(), target, rope_column(),
-                                                   first_token, order.head_kv, order.page);
+            cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&maps.rope, bytes_arrived, kToAll, cache_hint(), target,
+                                                   rope_column(), first_token, order.head_kv, order.page);
         }
     }
 };
 
-// Starts the gather of the last chunks of a tile's query rows into shared memory by one warpgroup. Rows may be strided in
-// every dimension and a tile may cross tokens, so they come 16 bytes at a time, swizzled as wgmma expects.
+// Starts the gather of the last chunks of a tile's query rows into shared memory by one warpgroup. Rows may be strided
+// in every dimension and a tile may cross tokens, so they come 16 bytes at a time, swizzled as wgmma expects.
 template <typename Traits>
 __device__ void load_q_shared(DenseDecodeParams const& params, typename Traits::SharedStorage& shared,
                               Piece const& piece, int thread) {
@@ -163,8 +147,8 @@ __device__ void load_q_shared(DenseDecodeParams const& params, typename Traits::
     uint32_t const destination = cute::cast_smem_ptr_to_uint(shared.q);
 #pragma unroll 1
     for (int row = thread / kPiecesPerChunkRow; row < kBlockM; row += kRowsAtOnce) {
-        Element const* const source = q_row<Element>(params, piece, row) +
-                                      Traits::kQRegisterChunks * Traits::kChunkColumns + column_piece * 8;
+        Element const* const source =
+            q_row<Element>(params, piece, row) + Traits::kQRegisterChunks * Traits::kChunkColumns + column_piece * 8;
         uint32_t const target = destination + row * 128 + ((column_piece ^ (row % 8)) * 16);
 #pragma unroll
         for (int chunk = 0; chunk < Traits::kQSharedChunks; ++chunk) {
@@ -184,8 +168,8 @@ struct QRegisters {
     // Word 4·step + 2·c + h is the pair of columns 16·step + 8·c + 2·(t % 4) of the thread's row h.
     uint32_t word[kNumSteps * 4];
 
-    // Starts the loads, 16 bytes a lane: of each step's 32 bytes of two rows the i-th lane of a quad takes half i / 2 of row
-    // i % 2. Transposed within the quad that is the operand, in the same registers.
+    // Starts the loads, 16 bytes a lane: of each step's 32 bytes of two rows the i-th lane of a quad takes half i / 2
+    // of row i % 2. Transposed within the quad that is the operand, in the same registers.
     __device__ void load(DenseDecodeParams const& params, Piece const& piece, int thread) {
         using Element = typename Traits::Element;
         auto const* const columns = reinterpret_cast<uint4 const*>(

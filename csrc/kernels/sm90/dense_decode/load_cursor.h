@@ -15,8 +15,8 @@ struct LoadOrder {
     int head_kv;  // or kNothing: there are no more blocks
 };
 
-// Yields the KV blocks of all pieces of a CTA in the order in which they are consumed, and announces the pieces as their
-// first blocks come up. One thread advances it; it lives in shared memory because registers are dearer.
+// Yields the KV blocks of all pieces of a CTA in the order in which they are consumed, and announces the pieces as
+// their first blocks come up. One thread advances it; it lives in shared memory because registers are dearer.
 class LoadCursor {
 public:
     __device__ void begin(DenseDecodeParams const& params) {

@@ -66,8 +66,7 @@ private:
     __device__ void clear_keys_from(int num_keys) {
 #pragma unroll
         for (int chunk = 0; chunk < Traits::kChunksPerHalf; ++chunk) {
-            auto* const words =
-                reinterpret_cast<uint4*>(shared.latent[at.stage()][first_chunk() + chunk]);
+            auto* const words = reinterpret_cast<uint4*>(shared.latent[at.stage()][first_chunk() + chunk]);
             for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
         }
         cutlass::arch::fence_view_async_shared();
@@ -78,8 +77,8 @@ private:
         using namespace cute;
         typename Traits::MmaOutput mma;
         SwizzledOperand const p(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
-        Tensor const s_v = make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]),
-                                       typename Traits::LayoutV{});
+        Tensor const s_v =
+            make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
         Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
 
         fence_outputs(outputs);
@@ -93,9 +92,7 @@ private:
         fence_outputs(outputs);
     }
 
-    __device__ static void fence_outputs(Outputs& outputs) {
-        cute::warpgroup_fence_operand(outputs);
-    }
+    __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
     // Every CTA of the cluster writes into every other's shared memory.
     __device__ void cluster_arrive(Barrier const& barrier) const {
@@ -110,9 +107,9 @@ private:
     __device__ void refill() const {
         BlockLoader<Traits> const loader{params, maps, shared};
         if (role == WarpgroupRole::kOutputLow) {
-            loader.refill_low(at);
+            loader.refill_rope(at);
         } else {
-            loader.refill_high(at);
+            loader.refill_latent(at);
         }
     }
 

@@ -6,10 +6,10 @@
 
 namespace flash_mla::sm90 {
 
-// Nobody waits for room: pages are looked up kLookAhead blocks before the scores, and these are at most 2 blocks before the
-// slower output warpgroup, so with at least one block per piece and one for the end fewer pieces are in use.
+// Nobody waits for room: pages are looked up 3 blocks before the scores, which are at most 2 blocks before the slower
+// output warpgroup, so with at least one block per piece and one for the end no more than 7 pieces are in use.
 struct PieceQueue {
-    static constexpr int kCapacity = 16;
+    static constexpr int kCapacity = 8;
 
     Piece piece[kCapacity];
     Barrier full[kCapacity];

@@ -24,10 +24,6 @@ struct ScoresMainloop {
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q = {};
 
-    struct Probabilities {
-        uint32_t word[kNumScores / 2];  // pairs, in the input type
-    };
-
     __device__ void run() {
         loader().load_first_blocks([&] { load_next_q(); });
         while (!next_piece().is_end()) {
@@ -56,43 +52,32 @@ private:
         if (thread_in_warpgroup_now() == 0) ++shared.pieces.next_scores;
 
         Scores scores;
-        Probabilities p;
-        issue_first_latent_scores(scores, at);
 #pragma unroll 1
         for (; (blocks_left & ~kFirst) != 0; blocks_left = (blocks_left & ~kFirst) - 1) {
             finish_scores(scores, (blocks_left & kFirst) == 0);
-            make_probabilities(scores, num_keys, softmax, p);
-            if constexpr (Traits::kTensorBound) {
-                // The tensor cores go on while P is on its way.
-                issue_first_latent_scores(scores, at.later(1));
-                store_probabilities(p);
-            } else {
-                store_probabilities(p);
-                warp_arrive(shared.barriers.p_ready[at.slot()]);
-                issue_first_latent_scores(scores, at.later(1));
-            }
+            write_probabilities(scores, num_keys, softmax);
+            if (!Traits::kTensorBound) warp_arrive(shared.barriers.p_ready[at.slot()]);
             at.advance();
         }
         finish_scores(scores, (blocks_left & kFirst) == 0);
         sync_warpgroup();
         load_next_q();
-        make_probabilities(scores, num_keys, softmax, p);
-        store_probabilities(p);
+        write_probabilities(scores, num_keys, softmax);
         warp_arrive(shared.barriers.p_ready[at.slot()]);
         at.advance();
     }
 
     // Completes the scores of the current block.
     __device__ void finish_scores(Scores& scores, bool previous_is_held) {
-        issue_other_latent_scores(scores);
-        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kLookAhead));
+        issue_latent_scores(scores);
+        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kNumStages));
+        issue_rope_scores(scores);
         if constexpr (Traits::kTensorBound) {
-            // The output of the block before may begin: by the time it does, the tensor cores are nearly through with these
-            // scores, and then busy with the output while the softmax is computed.
+            // The output of the block before may begin: by the time it does, the tensor cores are nearly through with
+            // these scores, and then busy with the output while the softmax is computed.
             cute::warpgroup_wait<1>();
             if (previous_is_held) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
         }
-        issue_rope_scores(scores);
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         // The page looked up meanwhile is there for who sees p_ready.
@@ -116,30 +101,20 @@ private:
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             int const token = query_row(params, piece.place, fragment_row(thread, h)).token;
-            int const visible = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
+            int const visible =
+                params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
             num_keys[h] = visible - piece.begin_block * kPageSize;
         }
     }
 
-    // Start the latent columns' part of a block's scores: a few steps, then, with P of the block before on its way, the
-    // others. When the second group is through, the output of the block before may take over the tensor cores.
-    __device__ void issue_first_latent_scores(Scores& scores, BlockPosition<Traits> const& block) {
-        SwizzledOperand const latent(shared_address(shared.latent) + block.stage() * sizeof(shared.latent[0]));
-        cute::warpgroup_fence_operand(scores);
-        shared.barriers.latent_full[block.stage()][0].wait(block.stage_phase());
-        cute::warpgroup_arrive();
-        multiply_register_q<0, kFirstSteps>(scores, latent);
-        cute::warpgroup_commit_batch();
-    }
-    __device__ void issue_other_latent_scores(Scores& scores) {
+    // Starts the latent columns' part of the current block's scores.
+    __device__ void issue_latent_scores(Scores& scores) {
         SwizzledOperand const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
+        cute::warpgroup_fence_operand(scores);
+        shared.barriers.latent_full[at.stage()].wait(at.stage_phase());
         cute::warpgroup_arrive();
-        multiply_register_q<kFirstSteps, kHandOverSteps>(scores, latent);
-        cute::warpgroup_commit_batch();
-        shared.barriers.latent_full[at.stage()][1].wait(at.stage_phase());
-        cute::warpgroup_arrive();
-        multiply_register_q<kHandOverSteps, kRegisterSteps>(scores, latent);
-        multiply_shared_q<kRegisterSteps>(scores, 0, latent);
+        multiply_register_q(scores, latent);
+        multiply_shared_q(scores, 0, latent, kRegisterSteps);
         cute::warpgroup_commit_batch();
     }
 
@@ -148,43 +123,38 @@ private:
         SwizzledOperand const rope(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
         shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
         cute::warpgroup_arrive();
-        multiply_shared_q<0>(scores, Traits::kQSharedChunks - 1, rope);
+        multiply_shared_q(scores, Traits::kQSharedChunks - 1, rope, 0);
         cute::warpgroup_commit_batch();
         cute::warpgroup_fence_operand(scores);
     }
 
-    static constexpr int kFirstSteps = 2 * Traits::kStepsPerChunk;
-    static constexpr int kHandOverSteps = 4 * Traits::kStepsPerChunk;
-
-    template <int kBegin, int kEnd>
     __device__ void multiply_register_q(Scores& scores, SwizzledOperand const& latent) {
         using namespace cute;
         typename Traits::MmaScoresRegisterQ mma;
-        mma.accumulate_ = kBegin == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-        Tensor const r_q = make_tensor(make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
-                                       Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>,
-                                              Stride<Stride<_1, _2, _4>, _0, _8>>{});
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
+        Tensor const r_q = make_tensor(
+            make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
+            Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
 #pragma unroll
-        for (int step = kBegin; step < kEnd; ++step) {
+        for (int step = 0; step < kRegisterSteps; ++step) {
             cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
             mma.accumulate_ = GMMA::ScaleOut::One;
         }
     }
 
     // One chunk of Q in shared memory by one of K.
-    template <int kBegin>
-    __device__ void multiply_shared_q(Scores& scores, int q_chunk, SwizzledOperand const& k) {
+    __device__ void multiply_shared_q(Scores& scores, int q_chunk, SwizzledOperand const& k, int first_k_step) {
         typename Traits::MmaScoresSharedQ mma;
         SwizzledOperand const q_shared(shared_address(shared.q));
 #pragma unroll
         for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
-            cute::gemm(mma, q_shared.step(q_chunk * Traits::kStepsPerChunk + step), k.step(kBegin + step), scores);
+            cute::gemm(mma, q_shared.step(q_chunk * Traits::kStepsPerChunk + step), k.step(first_k_step + step),
+                       scores);
         }
     }
 
-    // Turns scores into probabilities. Afterwards the next scores may take their registers.
-    __device__ void make_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax,
-                                       Probabilities& p) const {
+    // Turns scores into P, which the output warpgroups see once p_ready is signalled.
+    __device__ void write_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax) const {
         if (min(num_keys[0], num_keys[1]) < kPageSize) {
             int const thread = thread_in_warpgroup_now();
 #pragma unroll
@@ -197,31 +167,25 @@ private:
         num_keys[1] -= kPageSize;
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
-        int const thread = thread_in_warpgroup_now(), slot = at.slot();
-        if (must_rescale && thread % 4 == 0) {
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
+        if (must_rescale && lane % 4 == 0) {
             shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
             shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
         }
-        if (thread % 32 == 0) shared.must_rescale[slot][thread / 32] = must_rescale;
+        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
         softmax.exponentiate(scores, params.softmax_scale_log2);
-#pragma unroll
-        for (int i = 0; i < kNumScores / 2; ++i) p.word[i] = pack_pair(scores[2 * i], scores[2 * i + 1], Element{});
-        // Here and now: put off, they would keep both the scores and their registers' next content alive.
-#pragma unroll
-        for (uint32_t& word : p.word) asm volatile("" : "+r"(word));
-        asm volatile("" : "+f"(softmax.row_sum[0]), "+f"(softmax.row_sum[1]));
-    }
 
-    // Writes them for the output warpgroups, which see them once p_ready is signalled.
-    __device__ void store_probabilities(Probabilities const& p) const {
-        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
         // P overwrites RoPE columns, which all four warps must have read.
         sync_warpgroup();
         int const row = 16 * warp + lane % 16;
-        uint32_t const row_address = cute::cast_smem_ptr_to_uint(shared.rope_or_p[slot]) + row * 128;
+        uint32_t const row_address = shared_address(shared.rope_or_p[slot]) + row * 128;
 #pragma unroll
         for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
-            uint32_t const word[4] = {p.word[4 * pair], p.word[4 * pair + 1], p.word[4 * pair + 2], p.word[4 * pair + 3]};
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                word[i] = pack_pair(scores[8 * pair + 2 * i], scores[8 * pair + 2 * i + 1], Element{});
+            }
             store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
         }
         cutlass::arch::fence_view_async_shared();
@@ -272,9 +236,9 @@ private:
                 params.lse_partial[(int64_t(piece.slot) * params.grid.num_lanes + lane) * kBlockM + row] = -INFINITY;
                 continue;
             }
-            auto* const out = reinterpret_cast<uint4*>(
-                static_cast<Element*>(params.out) + piece.batch * params.out_batch_stride +
-                at.token * params.out_token_stride + at.head_q * params.out_head_stride);
+            auto* const out =
+                reinterpret_cast<uint4*>(static_cast<Element*>(params.out) + piece.batch * params.out_batch_stride +
+                                         at.token * params.out_token_stride + at.head_q * params.out_head_stride);
             for (int i = thread % 32; i < kHeadDimV / 8; i += 32) out[i] = uint4{0, 0, 0, 0};
             params.lse[(int64_t(piece.batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token] = INFINITY;
         }

@@ -22,24 +22,24 @@ struct KMaps {
     CUtensorMap latent, rope;
 };
 
-template <typename Element_, int kClusterSize_, bool kTensorBound_>
+template <typename Element_, int kClusterSize_>
 struct DenseDecodeTraits {
     using Element = Element_;
     // CTAs with other query rows of the same request: each loads its share of a KV block for all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
-    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are on their way, so
-    // that they run under its softmax. Where memory is the limit, that would hold a block back until the next has come.
-    static constexpr bool kTensorBound = kTensorBound_;
+    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are on their way,
+    // so that they run under its softmax. Where memory is the limit, that would hold a block back until the next has
+    // come.
+    static constexpr bool kTensorBound = kClusterSize > 1;
 
     static constexpr int kNumThreads = 3 * 128;
     static constexpr int kScoresRegisters = 184;  // together 3 × 168, what a CTA starts with
     static constexpr int kOutputRegisters = 160;
 
-    static constexpr int kNumStages = 3;                         // of latent columns
-    static constexpr int kNumSlots = 2;                          // of RoPE columns, then of P
-    static constexpr int kNumOrders = 8;
-    static constexpr int kLookAhead = kNumStages + 1;  // blocks whose pages are known; the last one is only in the L2
+    static constexpr int kNumStages = 3;  // of latent columns
+    static constexpr int kNumSlots = 2;   // of RoPE columns, then of P
+    static constexpr int kNumOrders = 4;
     static constexpr int kChunkColumns = 64;                     // 128 bytes: one swizzle span
     static constexpr int kNumChunks = kHeadDim / kChunkColumns;  // 9; the last is RoPE
     static constexpr int kLatentChunks = kNumChunks - 1;
@@ -59,28 +59,26 @@ struct DenseDecodeTraits {
     using LayoutRows = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<64>, cute::Int<kColumns>>{}));
     // Half of the latent columns, read with the tokens as the reduction: (dim, token)
     using LayoutV = decltype(cute::tile_to_shape(
-        MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{},
-        cute::Step<cute::_2, cute::_1>{}));
+        MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{}, cute::Step<cute::_2, cute::_1>{}));
 
     static constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
     static constexpr auto kK = cute::GMMA::Major::K;
     static constexpr auto kMN = cute::GMMA::Major::MN;
-    using MmaScoresRegisterQ = decltype(cute::make_tiled_mma(
-        std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_RS<kK, kK>,
-                           cute::SM90_64x64x16_F32F16F16_RS<kK, kK>>{}));
-    using MmaScoresSharedQ = decltype(cute::make_tiled_mma(
-        std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_SS<kK, kK>,
-                           cute::SM90_64x64x16_F32F16F16_SS<kK, kK>>{}));
-    using MmaOutput = decltype(cute::make_tiled_mma(
-        std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
-                           cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
+    using MmaScoresRegisterQ =
+        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_RS<kK, kK>,
+                                                         cute::SM90_64x64x16_F32F16F16_RS<kK, kK>>{}));
+    using MmaScoresSharedQ =
+        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_SS<kK, kK>,
+                                                         cute::SM90_64x64x16_F32F16F16_SS<kK, kK>>{}));
+    using MmaOutput =
+        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
+                                                         cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
 
-    // What one CTA of a cluster copies: some chunks of each half, some tokens of the RoPE columns.
-    static constexpr int kChunksPerCopy = kChunksPerHalf / kClusterSize;
+    // The tokens of RoPE columns that one CTA of a cluster copies.
     static constexpr int kRopeTokens = kPageSize / kClusterSize;
 
     struct Barriers {
-        TransactionBarrier latent_full[kNumStages][2];  // per half
+        TransactionBarrier latent_full[kNumStages];
         TransactionBarrier rope_full[kNumSlots];
         Barrier p_ready[kNumSlots];
         Barrier consumed[kNumSlots];

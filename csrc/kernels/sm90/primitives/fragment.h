@@ -1,5 +1,5 @@
-// The accumulator of a 64×N wgmma, as its 128 threads hold it: thread t has two rows, 16·(t / 32) + (t % 32) / 4 and the
-// one 8 below it, and of every 8 columns the pair 2·(t % 4).
+// The accumulator of a 64×N wgmma, as its 128 threads hold it: thread t has two rows, 16·(t / 32) + (t % 32) / 4 and
+// the one 8 below it, and of every 8 columns the pair 2·(t % 4).
 //   element 4·i + 2·h + c  =  (row + 8·h, column 8·i + 2·(t % 4) + c)
 #pragma once
 
@@ -21,12 +21,8 @@ __device__ inline int thread_in_warpgroup_now() {
     return thread % 128;
 }
 
-__device__ inline int fragment_row(int thread, int half) {
-    return thread / 32 * 16 + thread % 32 / 4 + 8 * half;
-}
-__device__ inline int fragment_column(int thread, int tile) {
-    return 8 * tile + 2 * (thread % 4);
-}
+__device__ inline int fragment_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
+__device__ inline int fragment_column(int thread, int tile) { return 8 * tile + 2 * (thread % 4); }
 
 __device__ inline uint32_t pack_pair(float low, float high, cutlass::bfloat16_t) {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);

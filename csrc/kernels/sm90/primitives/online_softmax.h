@@ -1,8 +1,9 @@
 // Softmax over keys that arrive block by block, for the two rows a thread holds of a 64×N score fragment.
 //
 // Scores are used in the log2 domain. The reference of a row, which is subtracted from its scores, is raised to their
-// maximum only when one exceeds it by more than kSlackLog2: until then probabilities may reach 2^kSlackLog2, which costs
-// no precision in any of the formats, and neither need the lanes of a row agree on a new one nor the output be rescaled.
+// maximum only when one exceeds it by more than kSlackLog2: until then probabilities may reach 2^kSlackLog2, which
+// costs no precision in any of the formats, and neither need the lanes of a row agree on a new one nor the output be
+// rescaled.
 #pragma once
 
 #include <cmath>
@@ -36,7 +37,8 @@ struct OnlineSoftmax {
         for (int h = 0; h < kRowsPerThread; ++h) {
             largest[h] = kMinusInfinity;
 #pragma unroll
-            for (int i = 2 * h; i < kNumScores<Scores>; i += 4) largest[h] = fmaxf(largest[h], fmaxf(score[i], score[i + 1]));
+            for (int i = 2 * h; i < kNumScores<Scores>; i += 4)
+                largest[h] = fmaxf(largest[h], fmaxf(score[i], score[i + 1]));
             // Not a number, and so not within, as long as there was no key.
             within &= fmaf(largest[h], scale_log2, -reference[h]) <= kSlackLog2;
         }

@@ -12,8 +12,8 @@ __device__ uint32_t shared_address(T const& object) {
     return cute::cast_smem_ptr_to_uint(&object);
 }
 
-// Descriptors come from a base in a uniform register, where wgmma takes them from: a base in ordinary registers would cost
-// a transfer per step, which takes about as long as the step.
+// Descriptors come from a base in a uniform register, where wgmma takes them from: a base in ordinary registers would
+// cost a transfer per step, which takes about as long as the step.
 class SwizzledOperand {
 public:
     static constexpr int kRows = 64, kColumns = 64;

@@ -10,9 +10,9 @@
 namespace flash_mla::sm90 {
 
 struct TensorMapAxis {
-    uint64_t extent;         // elements
-    int64_t stride_bytes;    // ignored for axis 0, which is contiguous
-    uint32_t box;            // elements copied at once
+    uint64_t extent;       // elements
+    int64_t stride_bytes;  // ignored for axis 0, which is contiguous
+    uint32_t box;          // elements copied at once
 };
 
 // A map of 16-bit elements whose boxes land in shared memory with the 128-byte swizzle.
@@ -39,9 +39,8 @@ cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, void c
         if (i > 0) strides[i - 1] = axes[i].stride_bytes;
     }
     CUresult const status =
-        encode(map, type, kRank, const_cast<void*>(base), extents, strides, boxes, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode(map, type, kRank, const_cast<void*>(base), extents, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
