@@ -25,7 +25,8 @@
 //   latent_full[stage]   who starts the copies + 65536 B    scores
 //   rope_full[slot]      who starts the copies + 8192 B     scores
 //   p_ready[slot]        4 warps of scores                  output: P, rescale factors and the next page are there
-//   consumed[slot]       8 warps of output, of every CTA    output, before it copies to the places of the block
+//   p_consumed[slot]     8 warps of output                  output low, before it copies RoPE columns there
+//   consumed[slot]       8 warps of output, of every CTA    output high, before it copies latent columns there
 //   stats_full           4 warps of scores                  output
 //   stats_empty          8 warps of output                  scores
 //   pieces.full[i]       who looks up pages                 scores, output
@@ -58,6 +59,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);
+        barriers.p_consumed[slot].init(8);
         barriers.consumed[slot].init(8 * Traits::kClusterSize);
     }
     barriers.stats_full.init(4);

@@ -15,9 +15,7 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     constexpr auto kType = Traits::kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     constexpr uint32_t kColumns = Traits::kChunkColumns;
     // A stride that is never used must still be a valid one.
-    auto const tokens = [&](int box) {
-        return TensorMapAxis{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(box)};
-    };
+    TensorMapAxis const token{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)};
     TensorMapAxis const head{uint64_t(params.num_heads_kv),
                              params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1};
     TensorMapAxis const page{uint64_t(params.num_blocks),
@@ -25,11 +23,10 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const chunk_column{kColumns, kElementBytes, kColumns};
     TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
-    cudaError_t const error = encode_tensor_map<5>(&maps->latent, kType, params.k_cache,
-                                                   {{chunk_column, tokens(kPageSize), chunk, head, page}});
+    cudaError_t const error =
+        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, token, chunk, head, page}});
     if (error != cudaSuccess) return error;
-    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache,
-                                {{column, tokens(Traits::kRopeTokens), head, page}});
+    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, token, head, page}});
 }
 
 // Raises a kernel's shared-memory limit, once per device.

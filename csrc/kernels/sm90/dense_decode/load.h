@@ -26,8 +26,8 @@ __device__ void prefetch_q_row(DenseDecodeParams const& params, Piece const& pie
                  : "memory");
 }
 
-// Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns and some tokens of the
-// RoPE columns, to the same place in both.
+// Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns to the same place in
+// both. RoPE columns each copies for itself: they are in a hurry, and would have to wait for the other CTA.
 template <typename Traits>
 struct BlockLoader {
     DenseDecodeParams const& params;
@@ -65,9 +65,10 @@ struct BlockLoader {
             prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
     }
 
-    // Fill the places of a block anew once the whole cluster has consumed it. Each is called by one thread.
+    // Fill the places of a block anew once its P is consumed by this CTA, or its V by the whole cluster. Each is called
+    // by one thread.
     __device__ void refill_rope(BlockPosition<Traits> const& freed) const {
-        shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
+        shared.barriers.p_consumed[freed.slot()].wait(freed.slot_phase());
         load_rope(freed.later(Traits::kNumSlots));
     }
     __device__ void refill_latent(BlockPosition<Traits> const& freed) const {
@@ -112,8 +113,9 @@ private:
                                                    0, chunk, order.head_kv, order.page);
         }
         // Room for the RoPE columns comes later; until then they wait in the L2.
-        cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), rank() * Traits::kRopeTokens, order.head_kv,
-                                               order.page);
+        if (rank() == 0) {
+            cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), 0, order.head_kv, order.page);
+        }
     }
 
     __device__ void load_rope(BlockPosition<Traits> const& block) const {
@@ -122,15 +124,8 @@ private:
         auto& full = shared.barriers.rope_full[block.slot()];
         full.arrive_and_expect_tx(Traits::kChunkBytes);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
-        int const first_token = rank() * Traits::kRopeTokens;
-        auto* const target = shared.rope_or_p[block.slot()] + first_token * Traits::kChunkColumns;
-        if constexpr (Traits::kClusterSize == 1) {
-            cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), target, rope_column(), first_token,
-                                         order.head_kv, order.page);
-        } else {
-            cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&maps.rope, bytes_arrived, kToAll, cache_hint(), target,
-                                                   rope_column(), first_token, order.head_kv, order.page);
-        }
+        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), shared.rope_or_p[block.slot()],
+                                     rope_column(), 0, order.head_kv, order.page);
     }
 };
 

@@ -43,12 +43,13 @@ private:
         cute::clear(outputs);
         int const end_block = piece.end_block, seqlen = piece.seqlen;
         for (int block = piece.begin_block; block < end_block; ++block) {
+            SwizzledOperand const p(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
             if (shared.must_rescale[at.slot()][thread / 32]) rescale(outputs);
             int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
-            multiply(outputs);
-            cluster_arrive(shared.barriers.consumed[at.slot()]);
+            multiply(outputs, p);
+            announce_consumed();
             if (thread == 0) refill();
             at.advance();
         }
@@ -73,10 +74,9 @@ private:
         cutlass::arch::NamedBarrier::sync(128, barrier());
     }
 
-    __device__ void multiply(Outputs& outputs) {
+    __device__ void multiply(Outputs& outputs, SwizzledOperand const& p) {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        SwizzledOperand const p(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
         Tensor const s_v =
             make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
         Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
@@ -94,13 +94,15 @@ private:
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    // Every CTA of the cluster writes into every other's shared memory.
-    __device__ void cluster_arrive(Barrier const& barrier) const {
+    // Every CTA of the cluster copies latent columns into every other's shared memory.
+    __device__ void announce_consumed() const {
         __syncwarp();
+        int const lane = thread % 32;
+        if (lane == 0) shared.barriers.p_consumed[at.slot()].arrive();
         if constexpr (Traits::kClusterSize == 1) {
-            if (thread % 32 == 0) barrier.arrive();
+            if (lane == 0) shared.barriers.consumed[at.slot()].arrive();
         } else {
-            if (thread % 32 < Traits::kClusterSize) barrier.arrive(thread % 32);
+            if (lane < Traits::kClusterSize) shared.barriers.consumed[at.slot()].arrive(lane);
         }
     }
 

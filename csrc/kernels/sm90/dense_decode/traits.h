@@ -74,13 +74,11 @@ struct DenseDecodeTraits {
         decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
                                                          cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
 
-    // The tokens of RoPE columns that one CTA of a cluster copies.
-    static constexpr int kRopeTokens = kPageSize / kClusterSize;
-
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
         TransactionBarrier rope_full[kNumSlots];
         Barrier p_ready[kNumSlots];
+        Barrier p_consumed[kNumSlots];
         Barrier consumed[kNumSlots];
         Barrier stats_full, stats_empty;
     };
