@@ -61,6 +61,7 @@ struct BlockLoader {
         bool enters_piece = false;
         if (lane == 0) enters_piece = shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
         if (!__any_sync(~0u, enters_piece)) return;
+        __syncwarp();  // the vote alone does not order what lane 0 wrote
         for (int row = lane; row < kBlockM; row += 32)
             prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
     }
