@@ -10,6 +10,7 @@ from flash_mla.interface import (
     get_mla_metadata,
     get_mla_metadata_dense_fp8,
 )
+from flash_mla.merge import merge_attention_states
 from flash_mla.plan import FlashMLASchedMeta
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "get_mla_metadata",
     "get_mla_metadata_dense_fp8",
     "is_available",
+    "merge_attention_states",
     "unavailable_reason",
 ]
 

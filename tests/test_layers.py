@@ -27,7 +27,7 @@ PRIMITIVES = "kernels/sm90/primitives"
 PYTHON_LAYERS = (
     {"_version", "extension", "schedule"},
     {"checks"},
-    {"value_checks"},
+    {"merge", "value_checks"},
     {"cpu"},
     {"ops"},
     {"plan"},
