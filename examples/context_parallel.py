@@ -128,8 +128,7 @@ def all_ranks_have(tensor: torch.Tensor) -> bool:
 
 def run_rank(options: argparse.Namespace) -> bool:
     """What each rank does once the process group is there; returns whether the result is right, to all ranks."""
-    rank, num_ranks, device = dist.get_rank(), dist.get_world_size(), options.device
-    dtype = DTYPES[options.dtype]
+    rank, num_ranks, device, dtype = dist.get_rank(), dist.get_world_size(), options.device, DTYPES[options.dtype]
     q = random_queries(len(options.tokens), options.heads).to(device, dtype)
     shard = make_shard(options.tokens, rank, num_ranks, dtype, device)
     out, lse = context_parallel_decode(q, shard)
@@ -154,8 +153,7 @@ def run_rank(options: argparse.Namespace) -> bool:
 def print_table(options: argparse.Namespace, shard_lengths: list[list[int]]) -> None:
     """Tokens of every request on every rank, and what their latents take in memory."""
     where = "CPU, gloo" if options.device.type == "cpu" else f"{torch.cuda.get_device_name(options.device)}, NCCL"
-    num_ranks = len(shard_lengths)
-    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    ranks = "1 rank" if options.ranks == 1 else f"{options.ranks} ranks"
     print(f"{ranks} ({where}), {options.heads} heads, {options.dtype}: tokens per request and rank")
     print()
     header = [f"request {request}" for request in range(len(options.tokens))]

@@ -39,8 +39,8 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
         Rows that saw no key of any shard have out 0 and lse +inf.
 
     Raises:
-        TypeError: an argument is not made of tensors, or has the wrong dtype.
-        ValueError: there are no shards, or as many outs as lses are not given, or shapes or devices differ.
+        TypeError: an argument is not made of tensors, or has the wrong dtype, or dtypes differ among outs.
+        ValueError: there are no shards, the number of lses is not that of outs, or a shape or device is wrong.
     """
     outs, lses = _shards("outs", outs, _OUT_SHAPE), _shards("lses", lses, _LSE_SHAPE)
     _check_shards(outs, lses)
