@@ -4,7 +4,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include <cmath>
 
@@ -58,13 +57,13 @@ template <typename Element>
 __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
     extern __shared__ float weights[];  // (kRowsPerCta, num_workers)
-    cutlass::arch::wait_on_dependent_grids();
-
     WorkerGrid const& grid = params.grid;
     int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
     WorkerRow const row = params.metadata[worker];
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
     if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;
+    // Of a plan for other shapes.
+    if (row.end_batch >= params.batch_size || row.end_tile >= grid.tiles_per_request) return;
 
     int const row_in_cta = threadIdx.x / kThreadsPerRow;
     int const row_in_tile = blockIdx.y * kRowsPerCta + row_in_cta;
@@ -123,19 +122,12 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
     int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(params.grid.num_workers * params.grid.num_lanes, ceil_div(rows, kRowsPerCta));
-    config.blockDim = dim3(kRowsPerCta * kThreadsPerRow);
-    config.dynamicSmemBytes = kRowsPerCta * params.grid.num_workers * sizeof(float);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    dim3 const grid(params.grid.num_workers * params.grid.num_lanes, ceil_div(rows, kRowsPerCta));
+    size_t const shared_bytes = kRowsPerCta * params.grid.num_workers * sizeof(float);
     auto* const kernel =
         type == ElementType::kBFloat16 ? split_kv_combine_kernel<__nv_bfloat16> : split_kv_combine_kernel<__half>;
-    return cudaLaunchKernelEx(&config, kernel, params);
+    kernel<<<grid, kRowsPerCta * kThreadsPerRow, shared_bytes, stream>>>(params);
+    return cudaGetLastError();
 }
 
 }  // namespace flash_mla

@@ -7,7 +7,7 @@
 
 namespace flash_mla {
 
-// Follows the decode kernel in the same stream, launched early: it waits for the partial results itself.
+// Follows the decode kernel in the same stream.
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream);
 
 }  // namespace flash_mla

@@ -6,7 +6,7 @@
 //
 // The query rows of a request and kv head (tokens × heads of the group) are packed into tiles of 64. A CTA runs
 // through the pieces of its worker's stretch of the plan (pieces.h): persistent, one CTA per SM, 384 threads. Where
-// tiles of a request come in pairs, two CTAs form a cluster, and each copies half of every KV block to both.
+// tiles of a request come in pairs, two CTAs form a cluster, and each copies half of the latent columns to both.
 //
 // Warpgroups (registers)
 //   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. Its first warp looks
@@ -26,7 +26,7 @@
 //   rope_full[slot]      who starts the copies + 8192 B     scores
 //   p_ready[slot]        4 warps of scores                  output: P, rescale factors and the next page are there
 //   p_consumed[slot]     8 warps of output                  output low, before it copies RoPE columns there
-//   consumed[slot]       8 warps of output, of every CTA    output high, before it copies latent columns there
+//   consumed[stage]      8 warps of output, of every CTA    output high, before it copies latent columns there
 //   stats_full           4 warps of scores                  output
 //   stats_empty          8 warps of output                  scores
 //   pieces.full[i]       who looks up pages                 scores, output
@@ -45,7 +45,6 @@
 // The ops guarantee: shapes and strides as dense_decode.h says, 16-byte aligned rows, a plan with one row per worker.
 #pragma once
 
-#include <cutlass/arch/grid_dependency_control.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "kernels/sm90/dense_decode/output.h"
@@ -56,11 +55,11 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
     for (auto& full : barriers.latent_full) full.init(1);
+    for (auto& consumed : barriers.consumed) consumed.init(8 * Traits::kClusterSize);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.rope_full[slot].init(1);
         barriers.p_ready[slot].init(4);
         barriers.p_consumed[slot].init(8);
-        barriers.consumed[slot].init(8 * Traits::kClusterSize);
     }
     barriers.stats_full.init(4);
     barriers.stats_empty.init(8);
@@ -84,7 +83,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     } else {
         __syncthreads();
     }
-    cutlass::arch::launch_dependent_grids();
 
     int const thread = threadIdx.x % 128;
     auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));
