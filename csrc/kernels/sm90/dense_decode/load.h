@@ -61,9 +61,11 @@ struct BlockLoader {
         bool enters_piece = false;
         if (lane == 0) enters_piece = shared.loads.look_up(params, shared.pieces, shared.order[block.order()]);
         if (!__any_sync(~0u, enters_piece)) return;
-        __syncwarp();  // the vote alone does not order what lane 0 wrote
+        // The vote alone does not order what lane 0 wrote, nor what it writes next.
+        __syncwarp();
         for (int row = lane; row < kBlockM; row += 32)
             prefetch_q_row<typename Traits::Element>(params, shared.pieces.latest(), row);
+        __syncwarp();
     }
 
     // Fill the places of a block anew once its P is consumed by this CTA, or its V by the whole cluster. Each is called
@@ -73,7 +75,7 @@ struct BlockLoader {
         load_rope(freed.later(Traits::kNumSlots));
     }
     __device__ void refill_latent(BlockPosition<Traits> const& freed) const {
-        shared.barriers.consumed[freed.slot()].wait(freed.slot_phase());
+        shared.barriers.consumed[freed.stage()].wait(freed.stage_phase());
         load_latent(freed.later(Traits::kNumStages));
     }
 

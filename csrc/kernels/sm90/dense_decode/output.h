@@ -100,9 +100,9 @@ private:
         int const lane = thread % 32;
         if (lane == 0) shared.barriers.p_consumed[at.slot()].arrive();
         if constexpr (Traits::kClusterSize == 1) {
-            if (lane == 0) shared.barriers.consumed[at.slot()].arrive();
+            if (lane == 0) shared.barriers.consumed[at.stage()].arrive();
         } else {
-            if (lane < Traits::kClusterSize) shared.barriers.consumed[at.slot()].arrive(lane);
+            if (lane < Traits::kClusterSize) shared.barriers.consumed[at.stage()].arrive(lane);
         }
     }
 

@@ -41,7 +41,9 @@ public:
             // Read again for every piece: it stays in the L1, and registers are dearer.
             int4 const begin = __ldg(row_words(params)), end = __ldg(row_words(params) + 1);
             WorkerRow const row{begin.x, begin.y, begin.z, begin.w, end.x, end.y, end.z, end.w};
-            if (index_ >= row.num_pieces || batch_ >= params.batch_size) return false;
+            if (index_ >= row.num_pieces) return false;
+            // Of a plan for other shapes.
+            if (batch_ >= params.batch_size || tile_ >= grid.tiles_per_request) return false;
 
             bool const continued = index_ == 0 && row.begin_block > 0;
             bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;

@@ -25,7 +25,7 @@ struct KMaps {
 template <typename Element_, int kClusterSize_>
 struct DenseDecodeTraits {
     using Element = Element_;
-    // CTAs with other query rows of the same request: each loads its share of a KV block for all of them.
+    // CTAs with other query rows of the same request: each copies its share of the latent columns to all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
     // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are on their way,
@@ -79,7 +79,7 @@ struct DenseDecodeTraits {
         TransactionBarrier rope_full[kNumSlots];
         Barrier p_ready[kNumSlots];
         Barrier p_consumed[kNumSlots];
-        Barrier consumed[kNumSlots];
+        Barrier consumed[kNumStages];
         Barrier stats_full, stats_empty;
     };
 
