@@ -1,4 +1,4 @@
-"""Small decodes that reach every path of the kernels, for compute-sanitizer: not a test by itself.
+"""Small decodes for compute-sanitizer, which reach the paths of the kernels: not a test by itself.
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitized_cases.py
 """
@@ -20,6 +20,9 @@ CASES = {
     "pair of tiles": {"batch": 3, "num_heads_q": 128, "seqlens": [70, 0, 200]},
     "pairs, split, causal": {"batch": 1, "seqlen_q": 2, "num_heads_q": 128, "seqlens": [1300], "causal": True},
     "three tiles": {"batch": 2, "num_heads_q": 192, "seqlens": [130, 3], "strided_q": True},
+    # So many that a CTA goes through more pieces than its queue holds.
+    "many requests": {"batch": 1600, "num_heads_q": 16, "seqlens": lambda i: (0, 1, 64, 65, 200)[i % 5]},
+    "many requests, pairs": {"batch": 800, "num_heads_q": 128, "seqlens": lambda i: (0, 1, 64, 65, 200)[i % 5]},
     "two KV heads": {"batch": 2, "num_heads_q": 32, "num_heads_kv": 2, "seqlens": [90, 300]},
 }
 
