@@ -18,6 +18,8 @@ from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid
 HEAD_DIM = 576  # 512 latent + 64 RoPE
 HEAD_DIM_V = 512  # the latent part, read again as V
 DTYPES = (torch.bfloat16, torch.float16)
+CACHE_DTYPES = (*DTYPES, torch.float32)  # float32 as a reference
+SLOT_DTYPES = (torch.int32, torch.int64)
 ANY_SIZE = -1
 
 _MAX_ROWS = (2**31 - 1) // 2
@@ -118,6 +120,45 @@ def check_out(out: Tensor, q: Tensor) -> None:
     _check_rows("out", out)
 
 
+def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Raise TypeError or ValueError unless append_mla_kv can take these arguments."""
+    _check_cache(cache)
+    _check_dtype("kv_c", kv_c, cache.dtype)
+    _check_dtype("k_pe", k_pe, cache.dtype)
+    check_tensor("slot_mapping", slot_mapping)
+    if slot_mapping.dtype not in SLOT_DTYPES:
+        raise TypeError(f"slot_mapping must have dtype torch.int32 or torch.int64, got {slot_mapping.dtype}")
+    check_shape("kv_c", kv_c, "(num_tokens, latent_dim)", [ANY_SIZE, HEAD_DIM_V])
+    num_tokens, rope_dim = kv_c.shape[0], HEAD_DIM - HEAD_DIM_V
+    if k_pe.dim() == 3:
+        check_shape("k_pe", k_pe, "(num_tokens, 1, rope_dim)", [num_tokens, 1, rope_dim])
+    else:
+        check_shape("k_pe", k_pe, "(num_tokens, rope_dim) or (num_tokens, 1, rope_dim)", [num_tokens, rope_dim])
+    check_shape("slot_mapping", slot_mapping, "(num_tokens,)", [num_tokens])
+    for name, tensor in {"kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slot_mapping}.items():
+        _check_on_device(name, tensor, cache.device, "cache")
+
+
+def check_gather(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, max_seqlen: int) -> None:
+    """Raise TypeError or ValueError unless gather_mla_kv can take these arguments."""
+    _check_cache(cache)
+    _check_dtype("block_table", block_table, torch.int32)
+    _check_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    check_shape("block_table", block_table, "(batch_size, max_blocks_per_request)", [ANY_SIZE, ANY_SIZE])
+    check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [block_table.shape[0]])
+    for name, tensor in {"block_table": block_table, "cache_seqlens": cache_seqlens}.items():
+        _check_on_device(name, tensor, cache.device, "cache")
+    check_count("max_seqlen", max_seqlen, 0)
+
+
+def check_count(name: str, value: int, minimum: int) -> None:
+    """Raise TypeError unless the value is an integer, ValueError if it is less than the minimum."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def check_q_shape(q: Tensor) -> None:
     check_shape("q", q, "(batch_size, seqlen_q, num_heads_q, head_dim)", [ANY_SIZE] * 3 + [HEAD_DIM])
 
@@ -158,9 +199,16 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
 
 
-def _check_on_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def _check_on_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, where q is, got {tensor.device}")
+        raise ValueError(f"{name} must be on {device}, where {owner} is, got {tensor.device}")
+
+
+def _check_cache(cache: Tensor) -> None:
+    check_tensor("cache", cache)
+    if cache.dtype not in CACHE_DTYPES:
+        raise TypeError(f"cache must have dtype torch.bfloat16, torch.float16 or torch.float32, got {cache.dtype}")
+    check_shape("cache", cache, "(num_blocks, page_size, 1, head_dim)", [ANY_SIZE, PAGE_SIZE, 1, HEAD_DIM])
 
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Checks of values that lie on the device: lengths, page numbers and plans. Each synchronizes with the GPU.
+"""Checks of values that lie on the device: lengths, page numbers, slots and plans. Each synchronizes with the GPU.
 
 The environment variable FLASH_MLA_CHECK=1, read when the package is imported, turns them on for GPU tensors; the CPU
-implementation always does them.
+implementations always do them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,26 @@ def is_switched_on(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 ENABLED = is_switched_on()
+
+
+def are_wanted_for(tensor: Tensor) -> bool:
+    """Whether values beside this tensor are to be checked: not in compiled code nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or (ENABLED and tensor.is_cuda and not torch.cuda.is_current_stream_capturing())
+
+
+def check_slots(slot_mapping: Tensor, num_slots: int) -> None:
+    """Raise ValueError for a token whose slot lies behind the end of the cache; negative ones are allowed."""
+    if slot_mapping.shape[0] == 0:
+        return
+    last, token = slot_mapping.max(0)
+    slot, index = torch.stack([last.to(torch.int64), token]).tolist()
+    if slot >= num_slots:
+        raise ValueError(
+            f"slot_mapping must hold slots less than {num_slots} = {num_slots // PAGE_SIZE} pages of {PAGE_SIZE} "
+            f"tokens, got {slot} for token {index}"
+        )
 
 
 def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_blocks: int) -> None:

@@ -28,7 +28,7 @@ PYTHON_LAYERS = (
     {"_version", "extension", "schedule"},
     {"checks"},
     {"merge", "value_checks"},
-    {"cpu"},
+    {"cache", "cpu"},
     {"ops"},
     {"plan"},
     {"interface"},
