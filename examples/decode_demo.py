@@ -57,14 +57,11 @@ class PagedLatentCache:
         positions = torch.arange(begin, end)
         return self.block_table[request, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
 
-    def write(self, layer: int, slots: torch.Tensor, latents: torch.Tensor) -> None:
-        self.pages[layer].view(-1, KEY_DIM)[slots] = latents
-
     def gather(self, layer: int, request: int) -> torch.Tensor:
         """All tokens of one request in order, (length, 576)."""
-        positions = torch.arange(self.lengths[request])
-        slots = self.block_table[request, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
-        return self.pages[layer].view(-1, KEY_DIM)[slots.to(self.device)]
+        row = self.block_table[request : request + 1].to(self.device)
+        length = torch.tensor([self.lengths[request]], dtype=torch.int32, device=self.device)
+        return flash_mla.gather_mla_kv(self.pages[layer], row, length, self.lengths[request])[0]
 
 
 def reference(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +155,8 @@ class Demo:
         """Give these requests so many more tokens, in all layers."""
         slots = torch.cat([self.cache.reserve(request, num_tokens) for request in requests]).to(self.device)
         for layer in range(self.num_layers):
-            self.cache.write(layer, slots, self.random(len(slots), KEY_DIM) * KEY_STD)
+            kv_c, k_pe = (self.random(len(slots), KEY_DIM) * KEY_STD).split([LATENT_DIM, ROPE_DIM], dim=1)
+            flash_mla.append_mla_kv(kv_c, k_pe, self.cache.pages[layer], slots)
 
     def decode(self, queries: list[torch.Tensor]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], float]:
         """The attention of all layers, and the seconds it took per layer."""
