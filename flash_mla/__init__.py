@@ -28,8 +28,8 @@ __all__ = [
     "get_mla_metadata_dense_fp8",
     "is_available",
     "max_cached_tokens",
-    "mha_bytes_per_token",
     "merge_attention_states",
+    "mha_bytes_per_token",
     "unavailable_reason",
 ]
 
