@@ -24,4 +24,15 @@ constexpr QueryRow query_row(DenseDecodeParams const& params, TilePlace const& p
     return {token, head_q, row < params.rows_per_head_kv};
 }
 
+// Elements from the begin of out to a row, of lse to its value, and rows from the begin of the partial results.
+constexpr int64_t out_offset(DenseDecodeParams const& params, int batch, QueryRow const& at) {
+    return batch * params.out_batch_stride + at.token * params.out_token_stride + at.head_q * params.out_head_stride;
+}
+constexpr int64_t lse_offset(DenseDecodeParams const& params, int batch, QueryRow const& at) {
+    return (int64_t(batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token;
+}
+constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int row_in_tile) {
+    return (int64_t(slot) * grid.num_lanes + lane) * kBlockM + row_in_tile;
+}
+
 }  // namespace flash_mla

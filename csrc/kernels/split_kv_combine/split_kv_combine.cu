@@ -74,21 +74,20 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     // The first piece is this worker's last, the others are the first ones of the workers that follow.
     int const num_pieces = row.last_worker - worker + 1;
     int const first_slot = partial_slot(worker, row.num_pieces == 1);
-    auto const partial_row = [&](int slot) { return (int64_t(slot) * grid.num_lanes + lane) * kBlockM + row_in_tile; };
     auto const slot_of = [&](int piece) { return piece == 0 ? first_slot : partial_slot(worker + piece, true); };
+    auto const row_of = [&](int piece) { return partial_row(grid, slot_of(piece), lane, row_in_tile); };
 
     float* const weight = weights + row_in_cta * grid.num_workers;
     int const thread = threadIdx.x % kThreadsPerRow;
     if (exists && thread < kWarpSize) {
         for (int piece = thread; piece < num_pieces; piece += kWarpSize) {
-            weight[piece] = params.lse_partial[partial_row(slot_of(piece))];
+            weight[piece] = params.lse_partial[row_of(piece)];
         }
         __syncwarp();
         float const lse = merge_weights(weight, num_pieces);
         if (thread == 0) {
             constexpr float kLn2 = 0.693147180559945309417f;
-            params.lse[(int64_t(row.end_batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token] =
-                lse == -INFINITY ? INFINITY : lse * kLn2;
+            params.lse[lse_offset(params, row.end_batch, at)] = lse == -INFINITY ? INFINITY : lse * kLn2;
         }
     }
     __syncthreads();
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
         float const w = weight[piece];
         if (w == 0.f) continue;  // a piece without keys has written none
         auto const* const part =
-            reinterpret_cast<float4 const*>(params.out_partial + partial_row(slot_of(piece)) * kHeadDimV) + thread;
+            reinterpret_cast<float4 const*>(params.out_partial + row_of(piece) * kHeadDimV) + thread;
 #pragma unroll
         for (int i = 0; i < kVectorsPerThread; ++i) {
             float4 const x = part[i * kThreadsPerRow];
@@ -110,8 +109,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
             sum[i].w = fmaf(w, x.w, sum[i].w);
         }
     }
-    Element* const out_row = static_cast<Element*>(params.out) + row.end_batch * params.out_batch_stride +
-                             at.token * params.out_token_stride + at.head_q * params.out_head_stride;
+    Element* const out_row = static_cast<Element*>(params.out) + out_offset(params, row.end_batch, at);
 #pragma unroll
     for (int i = 0; i < kVectorsPerThread; ++i) {
         store_columns(out_row + (i * kThreadsPerRow + thread) * kVectorColumns, sum[i]);

@@ -130,19 +130,19 @@ private:
         float const inverse_sum = shared.inverse_sum[row];
         QueryRow const at = query_row(params, piece.place, row);
         if (piece.is_partial()) {
-            if (at.exists) store_partial_row<h>(partial_row(piece, row), inverse_sum, outputs);
+            if (at.exists) store_partial_row<h>(partial_out_row(piece, row), inverse_sum, outputs);
         } else {
             store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
         }
     }
 
-    __device__ float* partial_row(Piece const& piece, int row) const {
-        int64_t const tile = int64_t(piece.slot) * params.grid.num_lanes + blockIdx.x % params.grid.num_lanes;
-        return params.out_partial + (tile * kBlockM + row) * kHeadDimV + half() * Traits::kHalfColumns;
+    __device__ float* partial_out_row(Piece const& piece, int row) const {
+        int const lane = blockIdx.x % params.grid.num_lanes;
+        return params.out_partial + partial_row(params.grid, piece.slot, lane, row) * kHeadDimV +
+               half() * Traits::kHalfColumns;
     }
     __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {
-        return static_cast<Element*>(params.out) + piece.batch * params.out_batch_stride +
-               at.token * params.out_token_stride + at.head_q * params.out_head_stride + half() * Traits::kHalfColumns;
+        return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + half() * Traits::kHalfColumns;
     }
 
     // A row that saw no key is 0, whatever the values of the keys it did not see.

@@ -207,11 +207,10 @@ private:
             QueryRow const at = query_row(params, piece.place, row);
             if (piece.is_partial()) {
                 int const lane = blockIdx.x % params.grid.num_lanes;
-                params.lse_partial[(int64_t(piece.slot) * params.grid.num_lanes + lane) * kBlockM + row] = lse_log2;
+                params.lse_partial[partial_row(params.grid, piece.slot, lane, row)] = lse_log2;
             } else if (at.exists) {
                 constexpr float kLn2 = 0.693147180559945309417f;
-                params.lse[(int64_t(piece.batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token] =
-                    total == 0.f ? INFINITY : lse_log2 * kLn2;
+                params.lse[lse_offset(params, piece.batch, at)] = total == 0.f ? INFINITY : lse_log2 * kLn2;
             }
         }
         warp_arrive(shared.barriers.stats_full);
@@ -233,14 +232,13 @@ private:
             if (!at.exists) return;
             if (piece.is_partial()) {
                 // The combine reads no output where the weight is 0.
-                params.lse_partial[(int64_t(piece.slot) * params.grid.num_lanes + lane) * kBlockM + row] = -INFINITY;
+                params.lse_partial[partial_row(params.grid, piece.slot, lane, row)] = -INFINITY;
                 continue;
             }
             auto* const out =
-                reinterpret_cast<uint4*>(static_cast<Element*>(params.out) + piece.batch * params.out_batch_stride +
-                                         at.token * params.out_token_stride + at.head_q * params.out_head_stride);
+                reinterpret_cast<uint4*>(static_cast<Element*>(params.out) + out_offset(params, piece.batch, at));
             for (int i = thread % 32; i < kHeadDimV / 8; i += 32) out[i] = uint4{0, 0, 0, 0};
-            params.lse[(int64_t(piece.batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token] = INFINITY;
+            params.lse[lse_offset(params, piece.batch, at)] = INFINITY;
         }
     }
 };

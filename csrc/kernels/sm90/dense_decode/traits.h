@@ -53,10 +53,7 @@ struct DenseDecodeTraits {
     static constexpr int kQRegisterChunks = 7;
     static constexpr int kQSharedChunks = kNumChunks - kQRegisterChunks;
 
-    using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
-    template <int kColumns>
-    using LayoutRows = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<64>, cute::Int<kColumns>>{}));
     // Half of the latent columns, read with the tokens as the reduction: (dim, token)
     using LayoutV = decltype(cute::tile_to_shape(
         MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{}, cute::Step<cute::_2, cute::_1>{}));
