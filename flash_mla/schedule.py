@@ -92,6 +92,16 @@ def decode_schedule(
     cost_in_request = cost - request_begin[batch]
     tile = cost_in_request // tile_cost[batch]
     block = (cost_in_request % tile_cost[batch] - SPLIT_OVERHEAD_BLOCKS).clamp(min=0)
+
+    # Where as many whole tiles for every worker are even enough, nothing is split.
+    whole_tile = workers * (batch_size * tiles) // num_workers
+    whole_batch = whole_tile.div(tiles, rounding_mode="floor")
+    whole_tile_in_request = whole_tile - whole_batch * tiles
+    whole_begin = request_begin[whole_batch] + tile_cost[whole_batch] * whole_tile_in_request
+    splits = (whole_begin.diff() > quota + SPLIT_OVERHEAD_BLOCKS).any()
+    batch = torch.where(splits, batch, whole_batch)
+    tile = torch.where(splits, tile, whole_tile_in_request)
+    block = torch.where(splits, block, 0)
     cuts_a_tile = block > 0
 
     # Tiles numbered along the line.

@@ -123,7 +123,7 @@ def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, num_sms: in
         if own:
             assert row[7] == finisher[own[-1][:2]]
         else:
-            assert row == [len(lengths), 0, 0, len(lengths), 0, 0, 0, worker]
+            assert row[:3] == row[3:6] and row[6:] == [0, worker]
 
     counts = Counter(piece[0] for piece in line)
     assert num_splits[0] == 0
@@ -187,6 +187,21 @@ def test_even_lengths_split_evenly():
     metadata, num_splits = plan([4096] * 132, 16, 1, 132)
     assert metadata[:, 6].tolist() == [1] * 132
     assert num_splits[-1] == 132
+
+
+@pytest.mark.parametrize(("batch_size", "num_rows"), [(128, 16), (128, 128), (64, 128), (104, 300)])
+def test_whole_tiles_where_a_split_would_not_pay(batch_size, num_rows):
+    """Nearly as many tiles as workers, or as a multiple of them: none is split, so nothing is to be merged."""
+    tiles = worker_grid(num_rows, 1, 132).tiles_per_request
+    metadata, num_splits = plan([4096] * batch_size, num_rows, 1, 132)
+    assert num_splits.tolist() == [tiles * request for request in range(batch_size + 1)]
+    assert metadata[:, 7].tolist() == list(range(metadata.shape[0]))
+
+
+def test_long_tiles_are_split():
+    """100 requests would leave 32 of 132 workers idle for long."""
+    _, num_splits = plan([65536] * 100, 16, 1, 132)
+    assert num_splits[-1] > 100
 
 
 def test_op_is_the_host_twin():

@@ -32,7 +32,7 @@ constexpr int64_t lse_offset(DenseDecodeParams const& params, int batch, QueryRo
     return (int64_t(batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token;
 }
 constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int row_in_tile) {
-    return (int64_t(slot) * grid.num_lanes + lane) * kBlockM + row_in_tile;
+    return int64_t(slot * grid.num_lanes + lane) * kBlockM + row_in_tile;
 }
 
 }  // namespace flash_mla

@@ -6,6 +6,9 @@
 //   boundary(w) = the place on the line at cost min(w * quota, total); inside a tile's overhead it moves to the
 //                 tile's begin, so no worker exceeds quota + kSplitOverheadBlocks
 //
+// Where as many whole tiles for every worker keep to that too, nothing is split: worker w begins at tile
+// w * num_tiles / num_workers.
+//
 // Every boundary is found on its own by bisection over start(), so nothing here is sequential but one block scan.
 //
 // One CTA of 1024 threads. Shared memory: start[batch_size + 1] (int64), boundaries[num_workers + 1], the running count
@@ -88,8 +91,27 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     int64_t const fair_share = (total + params.num_workers - 1) / params.num_workers;
     int64_t const quota = max(fair_share, int64_t(kSplitOverheadBlocks + kMinBlocksPerSplit));
 
+    int64_t const num_tiles = int64_t(params.batch_size) * params.tiles_per_request;
+    auto first_whole_tile = [&](int w) { return w * num_tiles / params.num_workers; };
+    auto start_of_tile = [&](int64_t tile) {
+        int64_t const batch = tile / params.tiles_per_request, in_request = tile - batch * params.tiles_per_request;
+        if (in_request == 0) return start[batch];
+        return start[batch] + (start[batch + 1] - start[batch]) / params.tiles_per_request * in_request;
+    };
+    bool is_uneven = false;
+    for (int w = threadIdx.x; w < params.num_workers; w += kThreads) {
+        int64_t const cost = start_of_tile(first_whole_tile(w + 1)) - start_of_tile(first_whole_tile(w));
+        is_uneven |= cost > quota + kSplitOverheadBlocks;
+    }
+    bool const splits = __syncthreads_or(is_uneven);
+
     // Where worker w begins and worker w - 1 ends.
     auto find_boundary = [&](int w) -> Boundary {
+        if (!splits) {
+            int64_t const tile = first_whole_tile(w);
+            int const batch = int(tile / params.tiles_per_request);
+            return {batch, int(tile - int64_t(batch) * params.tiles_per_request), 0};
+        }
         int64_t const x = w * quota;
         if (x >= total) return {params.batch_size, 0, 0};
         int const batch = find_request(start, params.batch_size, x);

@@ -54,14 +54,16 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
-    for (auto& full : barriers.latent_full) full.init(1);
-    for (auto& consumed : barriers.consumed) consumed.init(8 * Traits::kClusterSize);
+    for (int stage = 0; stage < Traits::kNumStages; ++stage) {
+        barriers.latent_full[stage].init(Traits::kHalvesPerCta);
+        for (auto& consumed : barriers.consumed[stage]) consumed.init(4 * Traits::kClusterSize);
+    }
+    barriers.rope_full.init(1);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
-        barriers.rope_full[slot].init(1);
-        barriers.p_ready[slot].init(4);
+        barriers.p_ready[slot].init(4 * kQuadsPerWarp);
         barriers.p_consumed[slot].init(8);
     }
-    barriers.stats_full.init(4);
+    barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8);
 }
 

@@ -27,9 +27,11 @@ public:
 
     // Starts to look up the next block: the page is in the order after cp_async_wait, nobody stalls on the block table.
     // Returns whether the block begins a piece.
-    __device__ bool look_up(DenseDecodeParams const& params, PieceQueue& queue, LoadOrder& order) {
+    template <typename NextOrder>
+    __device__ bool look_up(DenseDecodeParams const& params, PieceQueue& queue, NextOrder&& next_order) {
         bool const enters_piece = blocks_left_ == 0 && head_kv_ != LoadOrder::kNothing;
         if (enters_piece) enter_next_piece(params, queue);
+        LoadOrder& order = next_order();
         order.head_kv = head_kv_;
         if (head_kv_ == LoadOrder::kNothing) return false;
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(cute::cast_smem_ptr_to_uint(&order.page)),

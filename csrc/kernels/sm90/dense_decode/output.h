@@ -26,7 +26,7 @@ struct OutputMainloop {
     uint32_t stats_phase = 0;
 
     __device__ void run() {
-        for (int index = 0;; ++index) {
+        for (uint32_t index = 0;; ++index) {
             Piece const& piece = shared.pieces.wait(index);
             if (piece.is_end()) return;
             run_piece(piece);
@@ -43,22 +43,25 @@ private:
         cute::clear(outputs);
         int const end_block = piece.end_block, seqlen = piece.seqlen;
         for (int block = piece.begin_block; block < end_block; ++block) {
-            SwizzledOperand const p(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
             if (shared.must_rescale[at.slot()][thread / 32]) rescale(outputs);
             int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
-            multiply(outputs, p);
+            issue(outputs);
+            bool const scores_are_ahead = Traits::kTensorBound && block + 1 < end_block;
+            if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
+            cute::warpgroup_wait<0>();
+            fence_outputs(outputs);
             announce_consumed();
-            if (thread == 0) refill();
+            if (thread == 0 && loader().copies_half(half())) loader().refill_half(at, half());
             at.advance();
         }
         store(piece, outputs);
     }
 
     __device__ void rescale(Outputs& outputs) {
-        float const factor[kRowsPerThread] = {shared.rescale[at.slot()][fragment_row(thread, 0)],
-                                              shared.rescale[at.slot()][fragment_row(thread, 1)]};
+        float const factor[kRowsPerThread] = {shared.rescale[fragment_row(thread, 0)],
+                                              shared.rescale[fragment_row(thread, 1)]};
 #pragma unroll
         for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
     }
@@ -74,8 +77,9 @@ private:
         cutlass::arch::NamedBarrier::sync(128, barrier());
     }
 
-    __device__ void multiply(Outputs& outputs, SwizzledOperand const& p) {
+    __device__ void issue(Outputs& outputs) {
         using namespace cute;
+        SwizzledOperand<128> const p(shared_address(shared.p) + at.slot() * sizeof(shared.p[0]));
         typename Traits::MmaOutput mma;
         Tensor const s_v =
             make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
@@ -88,32 +92,26 @@ private:
             cute::gemm(mma, p.step(k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
-        warpgroup_wait<0>();
         fence_outputs(outputs);
     }
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    // Every CTA of the cluster copies latent columns into every other's shared memory.
+    // The half of the latent columns goes free in the CTA that copies it to all of them.
     __device__ void announce_consumed() const {
         __syncwarp();
         int const lane = thread % 32;
-        if (lane == 0) shared.barriers.p_consumed[at.slot()].arrive();
+        if (lane != 0) return;
+        auto const& consumed = shared.barriers.consumed[at.stage()][half()];
         if constexpr (Traits::kClusterSize == 1) {
-            if (lane == 0) shared.barriers.consumed[at.stage()].arrive();
+            consumed.arrive();
         } else {
-            if (lane < Traits::kClusterSize) shared.barriers.consumed[at.stage()].arrive(lane);
+            consumed.arrive(half());
         }
+        shared.barriers.p_consumed[at.slot()].arrive();
     }
 
-    __device__ void refill() const {
-        BlockLoader<Traits> const loader{params, maps, shared};
-        if (role == WarpgroupRole::kOutputLow) {
-            loader.refill_rope(at);
-        } else {
-            loader.refill_latent(at);
-        }
-    }
+    __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
     __device__ void store(Piece const& piece, Outputs const& outputs) {
         shared.barriers.stats_full.wait(stats_phase);

@@ -9,12 +9,12 @@ namespace flash_mla::sm90 {
 // Nobody waits for room: pages are looked up 3 blocks before the scores, which are at most 2 blocks before the slower
 // output warpgroup, so with at least one block per piece and one for the end no more than 7 pieces are in use.
 struct PieceQueue {
-    static constexpr int kCapacity = 8;
+    static constexpr uint32_t kCapacity = 8;
 
     Piece piece[kCapacity];
     Barrier full[kCapacity];
-    int num_published;  // the publisher's own
-    int next_scores;    // the next piece of the scores warpgroup: in a register it would be one too many
+    uint32_t num_published;  // the publisher's own
+    uint32_t next_scores;    // the next piece of the scores warpgroup: in a register it would be one too many
 
     __device__ void init() {
         for (auto& barrier : full) barrier.init(1);
@@ -25,8 +25,8 @@ struct PieceQueue {
     __device__ void publish_next() { full[num_published++ % kCapacity].arrive(); }
     __device__ Piece const& latest() const { return piece[(num_published + kCapacity - 1) % kCapacity]; }
     // Of a piece that is there.
-    __device__ Piece const& get(int index) const { return piece[index % kCapacity]; }
-    __device__ Piece const& wait(int index) const {
+    __device__ Piece const& get(uint32_t index) const { return piece[index % kCapacity]; }
+    __device__ Piece const& wait(uint32_t index) const {
         full[index % kCapacity].wait(index / kCapacity % 2);
         return get(index);
     }

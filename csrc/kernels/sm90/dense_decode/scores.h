@@ -13,6 +13,7 @@ struct ScoresMainloop {
     using Element = typename Traits::Element;
     using SharedStorage = typename Traits::SharedStorage;
 
+    using MmaSharedQ = typename Traits::MmaScoresSharedQ;
     using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScoresSharedQ{},
                                                        cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
     static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;  // per thread
@@ -22,7 +23,7 @@ struct ScoresMainloop {
     KMaps const& maps;
     SharedStorage& shared;
     BlockPosition<Traits> at = {};
-    QRegisters<Traits> q = {};
+    QRegisters<Traits> q;
 
     __device__ void run() {
         loader().load_first_blocks([&] { load_next_q(); });
@@ -36,15 +37,13 @@ struct ScoresMainloop {
 
 private:
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
+    __device__ static bool is_look_up_warp() { return thread_in_warpgroup_now() / 32 == Traits::kLookUpWarp; }
     __device__ Piece const& next_piece() const { return shared.pieces.wait(shared.pieces.next_scores); }
 
     __device__ void write_all_probabilities(OnlineSoftmax& softmax) {
-        Piece const& piece = next_piece();
-        int num_keys[kRowsPerThread];  // that a row sees, from the current block on
-        count_keys(piece, num_keys);
-        // What is left but the last one; a bit tells the first block, in the same register.
+        // A bit tells the first block, in the same register.
         constexpr uint32_t kFirst = 1u << 31;
-        uint32_t blocks_left = (piece.num_blocks() - 1) | kFirst;
+        uint32_t blocks_left = next_piece().num_blocks() | kFirst;
         q.finish();
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
@@ -53,41 +52,36 @@ private:
 
         Scores scores;
 #pragma unroll 1
-        for (; (blocks_left & ~kFirst) != 0; blocks_left = (blocks_left & ~kFirst) - 1) {
-            finish_scores(scores, (blocks_left & kFirst) == 0);
-            write_probabilities(scores, num_keys, softmax);
-            if (!Traits::kTensorBound) warp_arrive(shared.barriers.p_ready[at.slot()]);
-            at.advance();
-        }
-        finish_scores(scores, (blocks_left & kFirst) == 0);
-        sync_warpgroup();
-        load_next_q();
-        write_probabilities(scores, num_keys, softmax);
-        warp_arrive(shared.barriers.p_ready[at.slot()]);
-        at.advance();
-    }
-
-    // Completes the scores of the current block.
-    __device__ void finish_scores(Scores& scores, bool previous_is_held) {
-        issue_latent_scores(scores);
-        if (thread_in_warpgroup_now() < 32) loader().look_up(at.later(Traits::kNumStages));
-        issue_rope_scores(scores);
-        if constexpr (Traits::kTensorBound) {
+        do {
+            bool const holds_previous = Traits::kTensorBound && (blocks_left & kFirst) == 0;
+            blocks_left = (blocks_left & ~kFirst) - 1;
+            issue_scores(scores);
             // The output of the block before may begin: by the time it does, the tensor cores are nearly through with
             // these scores, and then busy with the output while the softmax is computed.
             cute::warpgroup_wait<1>();
-            if (previous_is_held) warp_arrive(shared.barriers.p_ready[at.slot() ^ 1]);
-        }
-        cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(scores);
-        // The page looked up meanwhile is there for who sees p_ready.
-        cute::cp_async_wait<0>();
+            if (holds_previous) {
+                release_probabilities(at.slot() ^ 1);
+            } else {
+                refill_rope();
+            }
+            if (is_look_up_warp()) loader().look_up(at.later(Traits::kNumStages));
+            bool const is_masked = num_keys_of_all(blocks_left) < kPageSize;
+            cute::warpgroup_wait<0>();
+            cute::warpgroup_fence_operand(scores);
+            // The page looked up meanwhile is there for who sees p_ready.
+            cute::cp_async_wait<0>();
+            if (is_masked) mask(scores, blocks_left);
+            write_probabilities(scores, softmax);
+            if (!Traits::kTensorBound || blocks_left == 0) release_probabilities(at.slot());
+            at.advance();
+        } while (blocks_left != 0);
+        sync_warpgroup();
+        load_next_q();
     }
 
-    // Starts the gather of the query rows of the next piece, if there is one.
+    // Starts the gather of the query rows of the next piece, or of any where there is none.
     __device__ void load_next_q() {
         Piece const& piece = next_piece();
-        if (piece.is_end()) return;
         load_q_shared<Traits>(params, shared, piece, thread_in_warpgroup_now());
         q.load(params, piece, thread_in_warpgroup_now());
     }
@@ -96,89 +90,86 @@ private:
         cutlass::arch::NamedBarrier::sync(128, warpgroup_barrier(WarpgroupRole::kScores));
     }
 
-    __device__ void count_keys(Piece const& piece, int (&num_keys)[kRowsPerThread]) const {
+    __device__ Piece const& current_piece() const { return shared.pieces.get(shared.pieces.next_scores - 1); }
+
+    // How many keys a query token sees from the current block on, which as many blocks follow.
+    __device__ int num_keys(Piece const& piece, int token, uint32_t blocks_left) const {
+        int const seen = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
+        return seen - (piece.end_block - 1 - int(blocks_left)) * kPageSize;
+    }
+    __device__ int num_keys_of_all(uint32_t blocks_left) const { return num_keys(current_piece(), 0, blocks_left); }
+
+    __device__ void mask(Scores& scores, uint32_t blocks_left) const {
         int const thread = thread_in_warpgroup_now();
+        Piece const& piece = current_piece();
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             int const token = query_row(params, piece.place, fragment_row(thread, h)).token;
-            int const visible =
-                params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
-            num_keys[h] = visible - piece.begin_block * kPageSize;
+            int const end = num_keys(piece, token, blocks_left);
+#pragma unroll
+            for (int i = 2 * h; i < kNumScores; i += 4) {
+                int const key = fragment_column(thread, i / 4);
+                if (key >= end) scores[i] = OnlineSoftmax::kMinusInfinity;
+                if (key + 1 >= end) scores[i + 1] = OnlineSoftmax::kMinusInfinity;
+            }
         }
     }
 
-    // Starts the latent columns' part of the current block's scores.
-    __device__ void issue_latent_scores(Scores& scores) {
-        SwizzledOperand const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
+    // Starts the scores of the current block, in two batches: the RoPE columns, whose place is wanted soon, and the
+    // others.
+    __device__ void issue_scores(Scores& scores) {
+        auto const& rope_full = shared.barriers.rope_full;
+        auto const& latent_full = shared.barriers.latent_full[at.stage()];
+        bool const has_rope = rope_full.try_wait(at.phase()), has_latent = latent_full.try_wait(at.stage_phase());
+        if (!has_rope) rope_full.wait(at.phase());
+        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope)), rope(shared_address(shared.rope));
         cute::warpgroup_fence_operand(scores);
-        shared.barriers.latent_full[at.stage()].wait(at.stage_phase());
         cute::warpgroup_arrive();
+        MmaSharedQ mma;
+        mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+#pragma unroll
+        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
+            cute::gemm(mma, q_rope.step(step), rope.step(step), scores);
+            mma.accumulate_ = cute::GMMA::ScaleOut::One;
+        }
+        cute::warpgroup_commit_batch();
+        if (!has_latent) latent_full.wait(at.stage_phase());
+        SwizzledOperand<128> const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
+        SwizzledOperand<32> const q_last_step(shared_address(shared.q_last_step));
+        cute::warpgroup_arrive();
+        cute::gemm(mma, q_last_step.step(0), latent.step(kRegisterSteps), scores);
         multiply_register_q(scores, latent);
-        multiply_shared_q(scores, 0, latent, kRegisterSteps);
-        cute::warpgroup_commit_batch();
-    }
-
-    // Starts the RoPE columns' part of the current block's scores.
-    __device__ void issue_rope_scores(Scores& scores) {
-        SwizzledOperand const rope(shared_address(shared.rope_or_p) + at.slot() * sizeof(shared.rope_or_p[0]));
-        shared.barriers.rope_full[at.slot()].wait(at.slot_phase());
-        cute::warpgroup_arrive();
-        multiply_shared_q(scores, Traits::kQSharedChunks - 1, rope, 0);
         cute::warpgroup_commit_batch();
         cute::warpgroup_fence_operand(scores);
     }
 
-    __device__ void multiply_register_q(Scores& scores, SwizzledOperand const& latent) {
+    // Copies the RoPE columns of the next block to where those of the current one were.
+    __device__ void refill_rope() const {
+        sync_warpgroup();
+        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(1));
+    }
+
+    __device__ void multiply_register_q(Scores& scores, SwizzledOperand<128> const& latent) {
         using namespace cute;
         typename Traits::MmaScoresRegisterQ mma;
-        mma.accumulate_ = GMMA::ScaleOut::Zero;
         Tensor const r_q = make_tensor(
             make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
             Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
 #pragma unroll
-        for (int step = 0; step < kRegisterSteps; ++step) {
-            cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
-            mma.accumulate_ = GMMA::ScaleOut::One;
-        }
+        for (int step = 0; step < kRegisterSteps; ++step) cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
     }
 
-    // One chunk of Q in shared memory by one of K.
-    __device__ void multiply_shared_q(Scores& scores, int q_chunk, SwizzledOperand const& k, int first_k_step) {
-        typename Traits::MmaScoresSharedQ mma;
-        SwizzledOperand const q_shared(shared_address(shared.q));
-#pragma unroll
-        for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
-            cute::gemm(mma, q_shared.step(q_chunk * Traits::kStepsPerChunk + step), k.step(first_k_step + step),
-                       scores);
-        }
-    }
-
-    // Turns scores into P, which the output warpgroups see once p_ready is signalled.
-    __device__ void write_probabilities(Scores& scores, int (&num_keys)[kRowsPerThread], OnlineSoftmax& softmax) const {
-        if (min(num_keys[0], num_keys[1]) < kPageSize) {
-            int const thread = thread_in_warpgroup_now();
-#pragma unroll
-            for (int i = 0; i < kNumScores; ++i) {
-                int const key = fragment_column(thread, i / 4) + i % 2;
-                if (key >= num_keys[i / 2 % 2]) scores[i] = OnlineSoftmax::kMinusInfinity;
-            }
-        }
-        num_keys[0] -= kPageSize;
-        num_keys[1] -= kPageSize;
+    // Turns the scores of the current block into P, in shared memory, and says what O must be rescaled with before.
+    __device__ void write_probabilities(Scores& scores, OnlineSoftmax& softmax) const {
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
-        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
-        if (must_rescale && lane % 4 == 0) {
-            shared.rescale[slot][fragment_row(thread, 0)] = rescale[0];
-            shared.rescale[slot][fragment_row(thread, 1)] = rescale[1];
-        }
-        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
+        if (must_rescale) store_rescale(rescale);
         softmax.exponentiate(scores, params.softmax_scale_log2);
-
-        // P overwrites RoPE columns, which all four warps must have read.
-        sync_warpgroup();
+        shared.barriers.p_consumed[slot].wait(at.slot_phase() ^ 1);
+        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
         int const row = 16 * warp + lane % 16;
-        uint32_t const row_address = shared_address(shared.rope_or_p[slot]) + row * 128;
+        uint32_t const row_address = shared_address(shared.p[slot]) + row * 128;
 #pragma unroll
         for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
             uint32_t word[4];
@@ -188,13 +179,26 @@ private:
             }
             store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
         }
+    }
+
+    // There is one place for the factors, and the block before may need it still: a rare wait.
+    __device__ void store_rescale(float const (&rescale)[kRowsPerThread]) const {
+        int const thread = thread_in_warpgroup_now();
+        shared.barriers.p_consumed[at.slot() ^ 1].wait(at.later(1).slot_phase() ^ 1);
+        if (thread % 4 != 0) return;
+        shared.rescale[fragment_row(thread, 0)] = rescale[0];
+        shared.rescale[fragment_row(thread, 1)] = rescale[1];
+    }
+
+    __device__ void release_probabilities(int slot) const {
         cutlass::arch::fence_view_async_shared();
+        quads_arrive(shared.barriers.p_ready[slot]);
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.
     __device__ void write_stats(OnlineSoftmax const& softmax) {
-        int const index = shared.pieces.next_scores - 1;
-        Piece const& piece = shared.pieces.get(index);
+        uint32_t const index = shared.pieces.next_scores - 1;
+        Piece const& piece = current_piece();
         int const thread = thread_in_warpgroup_now();
         shared.barriers.stats_empty.wait(index % 2 ^ 1);
 #pragma unroll
@@ -213,7 +217,7 @@ private:
                 params.lse[lse_offset(params, piece.batch, at)] = total == 0.f ? INFINITY : lse_log2 * kLn2;
             }
         }
-        warp_arrive(shared.barriers.stats_full);
+        quads_arrive(shared.barriers.stats_full);
     }
 
     // Pieces that pass by the pipeline because they have no keys.

@@ -38,20 +38,22 @@ struct DenseDecodeTraits {
     static constexpr int kOutputRegisters = 160;
 
     static constexpr int kNumStages = 3;  // of latent columns
-    static constexpr int kNumSlots = 2;   // of RoPE columns, then of P
     static constexpr int kNumOrders = 4;
     static constexpr int kChunkColumns = 64;                     // 128 bytes: one swizzle span
     static constexpr int kNumChunks = kHeadDim / kChunkColumns;  // 9; the last is RoPE
     static constexpr int kLatentChunks = kNumChunks - 1;
     static constexpr int kChunksPerHalf = kLatentChunks / 2;
     static constexpr int kHalfColumns = kHeadDimV / 2;
+    static constexpr int kHalvesPerCta = 2 / kClusterSize;  // of the latent columns: what one CTA copies
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
+    static constexpr int kNumSlots = 2;                        // of P
+    static constexpr int kLookUpWarp = 1;                      // of the scores warpgroup
 
-    // Q: the first chunks live in registers of the scores warpgroup, the others in shared memory.
-    static constexpr int kQRegisterChunks = 7;
-    static constexpr int kQSharedChunks = kNumChunks - kQRegisterChunks;
+    // Q: the latent columns live in registers of the scores warpgroup but for the last k-step, for which these do not
+    // suffice. That one and the RoPE columns are in shared memory.
+    static constexpr int kQRegisterSteps = kLatentChunks * kStepsPerChunk - 1;
 
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
     // Half of the latent columns, read with the tokens as the reduction: (dim, token)
@@ -73,21 +75,21 @@ struct DenseDecodeTraits {
 
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
-        TransactionBarrier rope_full[kNumSlots];
-        Barrier p_ready[kNumSlots];
-        Barrier p_consumed[kNumSlots];
-        Barrier consumed[kNumStages];
+        TransactionBarrier rope_full;
+        Barrier p_ready[kNumSlots], p_consumed[kNumSlots];
+        Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
     };
 
     struct SharedStorage {
-        alignas(1024) Element q[kQSharedChunks][kChunkElements];
+        alignas(1024) Element q_rope[kChunkElements];
         alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
-        // RoPE columns of K; once the scores of their block are done, P takes their place.
-        alignas(1024) Element rope_or_p[kNumSlots][kChunkElements];
-        float rescale[kNumSlots][kBlockM];
+        alignas(1024) Element rope[kChunkElements];
+        alignas(1024) Element p[kNumSlots][kChunkElements];
+        alignas(1024) Element q_last_step[kBlockM * 16];  // of the latent columns, with the 32-byte swizzle
+        float rescale[kBlockM];
+        bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
         float inverse_sum[kBlockM];
-        int must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
         LoadCursor loads;
         LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
@@ -105,6 +107,7 @@ struct BlockPosition {
     __device__ uint32_t stage_phase() const { return count / Traits::kNumStages % 2; }
     __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
     __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
+    __device__ uint32_t phase() const { return count % 2; }  // of what there is only one place for
     __device__ uint32_t order() const { return count % Traits::kNumOrders; }
     __device__ void advance() { ++count; }
     __device__ BlockPosition later(uint32_t blocks) const { return {count + blocks}; }

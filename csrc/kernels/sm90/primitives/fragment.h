@@ -16,9 +16,9 @@ inline constexpr int kRowsPerThread = 2;
 // The thread's number in its warpgroup, read anew where it is asked for, so that nothing that follows from it occupies
 // registers between.
 __device__ inline int thread_in_warpgroup_now() {
-    int thread;
+    uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
-    return thread % 128;
+    return int(thread % 128);
 }
 
 __device__ inline int fragment_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
