@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "kernels/dependent_launch.h"
 #include "params/query_rows.h"
 
 namespace flash_mla {
@@ -58,15 +59,16 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
     extern __shared__ float weights[];  // (kRowsPerCta, num_workers)
     WorkerGrid const& grid = params.grid;
-    int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
-    WorkerRow const row = params.metadata[worker];
+    int const worker = blockIdx.y, lane = blockIdx.x;
+    WorkerRow const row = params.metadata[worker];  // older than the decode
+    wait_for_previous_kernel();
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
     if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;
     // Of a plan for other shapes.
     if (row.end_batch >= params.batch_size || row.end_tile >= grid.tiles_per_request) return;
 
     int const row_in_cta = threadIdx.x / kThreadsPerRow;
-    int const row_in_tile = blockIdx.y * kRowsPerCta + row_in_cta;
+    int const row_in_tile = blockIdx.z * kRowsPerCta + row_in_cta;
     TilePlace const place = tile_place(grid, row.end_tile, lane);
     QueryRow const at = query_row(params, place, row_in_tile);
     bool const exists = row_in_tile < kBlockM && at.exists;
@@ -120,12 +122,17 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
     int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
-    dim3 const grid(params.grid.num_workers * params.grid.num_lanes, ceil_div(rows, kRowsPerCta));
-    size_t const shared_bytes = kRowsPerCta * params.grid.num_workers * sizeof(float);
+    cudaLaunchAttribute attribute = dependent_launch_attribute();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers, ceil_div(rows, kRowsPerCta));
+    config.blockDim = dim3(kRowsPerCta * kThreadsPerRow);
+    config.dynamicSmemBytes = kRowsPerCta * params.grid.num_workers * sizeof(float);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
     auto* const kernel =
         type == ElementType::kBFloat16 ? split_kv_combine_kernel<__nv_bfloat16> : split_kv_combine_kernel<__half>;
-    kernel<<<grid, kRowsPerCta * kThreadsPerRow, shared_bytes, stream>>>(params);
-    return cudaGetLastError();
+    return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace flash_mla

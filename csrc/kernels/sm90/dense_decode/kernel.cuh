@@ -47,6 +47,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "kernels/dependent_launch.h"
 #include "kernels/sm90/dense_decode/output.h"
 #include "kernels/sm90/dense_decode/scores.h"
 
@@ -73,6 +74,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
+    allow_dependent_launch();
     if (threadIdx.x == 0) {
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));

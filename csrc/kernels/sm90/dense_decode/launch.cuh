@@ -56,7 +56,7 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {Traits::kClusterSize, 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(params.grid.num_workers * params.grid.num_lanes);
+    config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers);
     config.blockDim = dim3(Traits::kNumThreads);
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;

@@ -135,7 +135,7 @@ private:
     }
 
     __device__ float* partial_out_row(Piece const& piece, int row) const {
-        int const lane = blockIdx.x % params.grid.num_lanes;
+        int const lane = lane_now();
         return params.out_partial + partial_row(params.grid, piece.slot, lane, row) * kHeadDimV +
                half() * Traits::kHalfColumns;
     }

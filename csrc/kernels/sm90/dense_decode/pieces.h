@@ -1,9 +1,23 @@
 // What one CTA has to do: the pieces of its worker's stretch, as seen from its lane.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+
 #include "params/query_rows.h"
 
 namespace flash_mla::sm90 {
+
+// The CTA's worker and lane, read anew where they are asked for: registers are dearer.
+__device__ inline int worker_now() {
+    int worker;
+    asm volatile("mov.u32 %0, %%ctaid.y;\n" : "=r"(worker));
+    return worker;
+}
+__device__ inline int lane_now() {
+    int lane;
+    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(lane));
+    return lane;
+}
 
 struct Piece {
     static constexpr int kWholeTile = -1;
@@ -36,7 +50,7 @@ public:
     // Returns false when there is none left.
     __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
         WorkerGrid const& grid = params.grid;
-        int const worker = blockIdx.x / grid.num_lanes, lane = blockIdx.x % grid.num_lanes;
+        int const worker = worker_now(), lane = lane_now();
         for (;;) {
             // Read again for every piece: it stays in the L1, and registers are dearer.
             int4 const begin = __ldg(row_words(params)), end = __ldg(row_words(params) + 1);
@@ -62,7 +76,7 @@ public:
                 ++batch_;
             }
             // A cluster stays together: where its first CTA has rows, the others take part in the loads.
-            if (piece.place.m_tile - lane % cluster_size(grid) < grid.m_tiles) return true;
+            if (piece.place.m_tile - int(cute::block_rank_in_cluster()) < grid.m_tiles) return true;
         }
     }
 
@@ -76,7 +90,7 @@ public:
 
 private:
     __device__ static int4 const* row_words(DenseDecodeParams const& params) {
-        return reinterpret_cast<int4 const*>(params.metadata + blockIdx.x / params.grid.num_lanes);
+        return reinterpret_cast<int4 const*>(params.metadata + worker_now());
     }
 
     int batch_, tile_, index_;

@@ -210,7 +210,7 @@ private:
             shared.inverse_sum[row] = total == 0.f ? 0.f : 1.f / total;
             QueryRow const at = query_row(params, piece.place, row);
             if (piece.is_partial()) {
-                int const lane = blockIdx.x % params.grid.num_lanes;
+                int const lane = lane_now();
                 params.lse_partial[partial_row(params.grid, piece.slot, lane, row)] = lse_log2;
             } else if (at.exists) {
                 constexpr float kLn2 = 0.693147180559945309417f;
@@ -230,7 +230,7 @@ private:
     }
 
     __device__ void write_empty(Piece const& piece) const {
-        int const thread = thread_in_warpgroup_now(), lane = blockIdx.x % params.grid.num_lanes;
+        int const thread = thread_in_warpgroup_now(), lane = lane_now();
         for (int row = thread / 32; row < kBlockM; row += 4) {
             QueryRow const at = query_row(params, piece.place, row);
             if (!at.exists) return;
