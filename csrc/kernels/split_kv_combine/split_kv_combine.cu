@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     WorkerGrid const& grid = params.grid;
     int const worker = blockIdx.y, lane = blockIdx.x;
     WorkerRow const row = params.metadata[worker];  // older than the decode
+    allow_dependent_launch();
     wait_for_previous_kernel();
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
     if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;

@@ -62,10 +62,10 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     barriers.rope_full.init(1);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.p_ready[slot].init(4 * kQuadsPerWarp);
-        barriers.p_consumed[slot].init(8);
+        barriers.p_consumed[slot].init(8 * kQuadsPerWarp);
     }
     barriers.stats_full.init(4 * kQuadsPerWarp);
-    barriers.stats_empty.init(8);
+    barriers.stats_empty.init(8 * kQuadsPerWarp);
 }
 
 template <typename Traits>
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
-    allow_dependent_launch();
     if (threadIdx.x == 0) {
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
@@ -87,6 +86,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     } else {
         __syncthreads();
     }
+    wait_for_previous_kernel();
+    allow_dependent_launch();
 
     int const thread = threadIdx.x % 128;
     auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));

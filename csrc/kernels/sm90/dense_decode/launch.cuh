@@ -52,16 +52,16 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)
         return error;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Traits::kClusterSize, 1, 1};
+    cudaLaunchAttribute attributes[] = {dependent_launch_attribute(), {}};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {Traits::kClusterSize, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers);
     config.blockDim = dim3(Traits::kNumThreads);
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     return cudaLaunchKernelEx(&config, dense_decode_kernel<Traits>, params, maps);
 }
 

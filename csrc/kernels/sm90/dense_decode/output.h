@@ -44,7 +44,7 @@ private:
         int const end_block = piece.end_block, seqlen = piece.seqlen;
         for (int block = piece.begin_block; block < end_block; ++block) {
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
-            if (shared.must_rescale[at.slot()][thread / 32]) rescale(outputs);
+            if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
             int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             issue(outputs);
@@ -60,8 +60,8 @@ private:
     }
 
     __device__ void rescale(Outputs& outputs) {
-        float const factor[kRowsPerThread] = {shared.rescale[fragment_row(thread, 0)],
-                                              shared.rescale[fragment_row(thread, 1)]};
+        float const factor[kRowsPerThread] = {load_for_quad(shared.rescale[fragment_row(thread, 0)]),
+                                              load_for_quad(shared.rescale[fragment_row(thread, 1)])};
 #pragma unroll
         for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
     }
@@ -99,16 +99,14 @@ private:
 
     // The half of the latent columns goes free in the CTA that copies it to all of them.
     __device__ void announce_consumed() const {
-        __syncwarp();
-        int const lane = thread % 32;
-        if (lane != 0) return;
+        quads_arrive(shared.barriers.p_consumed[at.slot()]);
+        if (thread % 32 != 0) return;
         auto const& consumed = shared.barriers.consumed[at.stage()][half()];
         if constexpr (Traits::kClusterSize == 1) {
             consumed.arrive();
         } else {
             consumed.arrive(half());
         }
-        shared.barriers.p_consumed[at.slot()].arrive();
     }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
@@ -118,14 +116,14 @@ private:
         stats_phase ^= 1;
         store_half<0>(piece, outputs);
         store_half<1>(piece, outputs);
-        warp_arrive(shared.barriers.stats_empty);
+        quads_arrive(shared.barriers.stats_empty);
     }
 
     // One of the two rows of each thread.
     template <int h>
     __device__ void store_half(Piece const& piece, Outputs const& outputs) const {
         int const row = fragment_row(thread, h);
-        float const inverse_sum = shared.inverse_sum[row];
+        float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
         QueryRow const at = query_row(params, piece.place, row);
         if (piece.is_partial()) {
             if (at.exists) store_partial_row<h>(partial_out_row(piece, row), inverse_sum, outputs);

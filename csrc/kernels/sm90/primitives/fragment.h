@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cute/arch/util.hpp>
 #include <cutlass/numeric_types.h>
 
 #include <cstdint>
@@ -19,6 +20,34 @@ __device__ inline int thread_in_warpgroup_now() {
     uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
     return int(thread % 128);
+}
+
+// What the first lane of each quad reads, for all of the quad.
+template <typename T>
+__device__ T load_for_quad(T const& source) {
+    int const lane = thread_in_warpgroup_now() % 32;
+    T value{};
+    if (lane % 4 == 0) value = source;
+    return __shfl_sync(~0u, value, lane & ~3);
+}
+
+// A flag in shared memory that the first lanes of the quads read, for all of the warp. Predicated, because a branch
+// made the compiler duplicate what follows.
+__device__ inline bool flag_for_warp(bool const& flag) {
+    uint32_t value;
+    asm volatile(
+        "{\n"
+        ".reg .pred reads;\n"
+        ".reg .b32 lane_in_quad;\n"
+        "and.b32 lane_in_quad, %2, 3;\n"
+        "setp.eq.u32 reads, lane_in_quad, 0;\n"
+        "mov.u32 %0, 0;\n"
+        "@reads ld.shared.u8 %0, [%1];\n"
+        "}\n"
+        : "=r"(value)
+        : "r"(cute::cast_smem_ptr_to_uint(&flag)), "r"(threadIdx.x)
+        : "memory");
+    return __any_sync(~0u, value);
 }
 
 __device__ inline int fragment_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }

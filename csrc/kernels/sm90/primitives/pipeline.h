@@ -17,8 +17,8 @@ __device__ inline void warp_arrive(Barrier const& barrier) {
     if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
-// Eight arrivals for a whole warp: by the first lane of each quad, which is the one that stores what there is to say
-// about the quad's rows of a fragment.
+// Eight arrivals for a whole warp: by the first lane of each quad, which is the one that stores and loads what there is
+// to say about the quad's rows of a fragment. So each such access is ordered by the thread that made it.
 inline constexpr int kQuadsPerWarp = 8;
 __device__ inline void quads_arrive(Barrier const& barrier) {
     __syncwarp();
