@@ -106,7 +106,8 @@ def flash_mla_with_kvcache(
         k_cache: (num_blocks, 64, num_heads_kv, 576), dtype and strides as q: pages of 64 tokens. The first 512 values
             of a token serve as its V.
         block_table: (batch_size, max_blocks) int32, the pages of each request; never read past the tokens it has.
-        cache_seqlens: (batch_size,) int32, tokens in the cache of each request, those of q included.
+        cache_seqlens: (batch_size,) int32, tokens in the cache of each request, those of q included; negative counts
+            as 0.
         head_dim_v: 512.
         tile_scheduler_metadata, num_splits: the schedule of `get_mla_metadata` with None, or the tensors of
             `get_mla_decoding_metadata`.
@@ -126,7 +127,8 @@ def flash_mla_with_kvcache(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, strides or device, or the plan was made for
             other shapes. Always on the CPU, on the GPU with FLASH_MLA_CHECK=1 in the environment, also: a request has
             more tokens than its row of the block table, or pages that the cache does not have, or the plan is one for
-            other shapes although its own shape does not show it.
+            other shapes although its own shape does not show it. With that variable on both: a request has a negative
+            length.
         RuntimeError: the kernels are not built, or the GPU is not an sm_90 one.
     """
     if not (
