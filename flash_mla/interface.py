@@ -7,11 +7,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_mla import ops, value_checks
-from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_tensor
+from flash_mla import ops, schedule, value_checks
+from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_count, check_tensor
 from flash_mla.plan import FlashMLASchedMeta, tensors_of_plan
 
 _DEFAULT_SCALE = HEAD_DIM**-0.5
+_PARTIAL_ROW_BYTES = 4 * (HEAD_DIM_V + 1)  # float32 out and its log-sum-exp
 
 
 def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
@@ -72,6 +73,40 @@ def get_mla_decoding_metadata(
                 f"num_q_tokens_per_head_k must be a multiple of num_heads_q / num_heads_k = {group}, got {num_rows}"
             )
     return ops.decode_schedule(lengths_of_cache, num_rows, num_heads_k)
+
+
+def decode_workspace_bytes(
+    num_q_tokens_per_head_k: int,
+    num_heads_k: int,
+    *,
+    device: torch.device | str | int | None = None,
+    num_sms: int | None = None,
+) -> int:
+    """Scratch memory of one call of `flash_mla_with_kvcache` on a GPU, in bytes, besides the results it returns.
+
+    It holds the partial results of requests that are split among SMs, 35 MB on a GPU of 132 SMs and less than 64 MB on
+    any that the kernels run on, whatever the batch size, the lengths and the head counts. It comes from torch's
+    allocator and goes back there as the call returns; in a CUDA graph it belongs to the graph's memory pool and replays
+    allocate nothing. The CPU implementation has no such memory.
+
+    Args:
+        num_q_tokens_per_head_k, num_heads_k: as in `get_mla_decoding_metadata`.
+        device: a CUDA device, the current one by default. For the CPU, and where there is no GPU, the answer is that
+            for an H100 or H200.
+        num_sms: streaming multiprocessors of a GPU that is not here, instead of a device.
+
+    Raises:
+        TypeError, ValueError: a count is not an integer or less than 1, or device and num_sms are both given.
+    """
+    check_count("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
+    check_count("num_heads_k", num_heads_k, 1)
+    if num_sms is None:
+        num_sms = schedule.num_sms_of(torch.device("cuda" if device is None else device))
+    elif device is not None:
+        raise ValueError(f"num_sms must be None where device is given, got {num_sms}")
+    check_count("num_sms", num_sms, 1)
+    grid = schedule.worker_grid(num_q_tokens_per_head_k, num_heads_k, num_sms)
+    return schedule.num_partial_rows(grid) * _PARTIAL_ROW_BYTES
 
 
 def flash_mla_with_kvcache(

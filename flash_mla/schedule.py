@@ -59,6 +59,12 @@ def worker_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> W
     return WorkerGrid(num_lanes, num_sms // num_lanes, num_heads_kv * -(-row_tiles // num_lanes))
 
 
+def num_partial_rows(grid: WorkerGrid) -> int:
+    """Rows of partial results that a plan can ask for: two pieces of a worker may be parts of tiles, its first one and
+    its last one, and each of its lanes has a tile of rows for both."""
+    return 2 * grid.num_workers * grid.num_lanes * BLOCK_M
+
+
 def decode_schedule(
     cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int
 ) -> tuple[Tensor, Tensor]:
