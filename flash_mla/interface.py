@@ -151,7 +151,8 @@ def flash_mla_with_kvcache(
         is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length,
             enable_batch_invariant, descale_q, descale_k, kv_format: of attention that this package does not have;
             NotImplementedError for anything but None and False.
-        out: where to write the result, instead of a new tensor.
+        out: where to write the result, instead of a new tensor; strides as those of q. No other argument may have
+            elements between its first and its last.
 
     Returns:
         out: (batch_size, seqlen_q, num_heads_q, 512) in the dtype of q.

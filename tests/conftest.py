@@ -8,6 +8,12 @@ import torch
 import flash_mla
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rejected-calls", type=int, default=20_000, help="wrong calls in a row, after which no memory may be missing"
+    )
+
+
 def pytest_report_header() -> str:
     reason = flash_mla.unavailable_reason()
     return f"GPU tests: {'run' if reason is None else f'skipped, {reason}'}"
