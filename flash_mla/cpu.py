@@ -49,6 +49,7 @@ def dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
 
 
 @torch.no_grad()  # as the kernels: a gradient from here would be missing on a GPU
+@torch.autocast("cpu", enabled=False)
 def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
     q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal = given
     batch_size, seqlen_q, num_heads_q, _ = q.shape
