@@ -79,7 +79,12 @@ def decode_schedule(
             end_tile, end_block (exclusive), num_pieces, last_worker.
         num_splits: (batch_size + 1,) int32, running count of pieces.
     """
-    _, num_workers, tiles = worker_grid(num_rows_per_head_kv, num_heads_kv, num_sms)
+    grid = worker_grid(num_rows_per_head_kv, num_heads_kv, num_sms)
+    return divide_work(cache_seqlens, grid.tiles_per_request, grid.num_workers)
+
+
+def divide_work(cache_seqlens: Tensor, tiles: int, num_workers: int) -> tuple[Tensor, Tensor]:
+    """Plan a decode of so many tiles per request for so many workers; else as `decode_schedule`."""
     batch_size = cache_seqlens.shape[0]
 
     # One entry beyond the last request, so that the end of the line needs no special case.
