@@ -17,6 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=0, help="another seed gives other random cases (0)")
 
 
+def pytest_configure() -> None:
+    # What several threads gain in tensors of this size, they lose in waiting for each other.
+    torch.set_num_threads(1)
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     reason = flash_mla.unavailable_reason()
     return [

@@ -1,6 +1,6 @@
 """Random decodes against float64, on both devices; hypothesis shrinks a case that fails.
 
-pytest tests/test_fuzz.py --fuzz-cases 20000 --fuzz-seed 7
+Other cases, and more or fewer of them: pytest tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed 7
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import torch
 from fuzz import CPU_LIMITS, GPU_LIMITS, FuzzCase, find_problem, fuzz_cases
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -16,15 +15,6 @@ from flash_mla import cpu
 
 DEFAULT_NUM_CASES = {"cpu": 300, "cuda": 20_000}
 ALL_PHASES = (Phase.generate, Phase.shrink)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What several threads gain in tensors of this size, they lose in waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fuzz(device: str, num_cases: int, random_seed: int, phases: tuple[Phase, ...] = ALL_PHASES) -> int:
