@@ -1,12 +1,13 @@
 # Every target makes the virtual environment and the build that it needs, and redoes neither without cause.
 #
-#   make demo     decode a batch of requests and check the result
-#   make test     lint, then all tests (those that need a GPU are skipped where there is none)
+#   make demo      decode a batch of requests and check the result
+#   make test      lint, then all tests (those that need a GPU are skipped where there is none)
+#   make sanitize  run the kernels under compute-sanitizer, on a GPU
 #
 # PYTHON          interpreter that the environment is made from (python3)
 # VENV            the environment (.venv)
 # FLASH_MLA_CUDA  0: no CUDA kernels; 1: fail where they cannot be built; else they are built if possible
-# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS  passed on
+# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS, SANITIZE_ARGS  passed on
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ BUILT := $(VENV)/built-$(FLASH_MLA_CUDA)
 BUILD_SOURCES := setup.py pyproject.toml flash_mla/_version.py $(wildcard build_tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' \) 2>/dev/null)
 
-.PHONY: demo test build lint format bench clean distclean
+.PHONY: demo test build lint format bench sanitize clean distclean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -47,6 +48,9 @@ bench: build
 	@$(BIN)/python -m build_tools.requirements --extra benchmark > $(VENV)/requirements-benchmark.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements-benchmark.txt
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+sanitize: build
+	@$(BIN)/python -m build_tools.sanitize $(SANITIZE_ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

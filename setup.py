@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_tools.flags import CXX_FLAGS, NVCC_FLAGS  # noqa: E402
+from build_tools.flags import CXX_FLAGS, LINK_FLAGS, NVCC_FLAGS  # noqa: E402
 from build_tools.toolchain import BuildPlan, ToolchainError, default_max_jobs, find_ninja, plan_build  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def kernel_extension(plan: BuildPlan) -> Extension:
         include_dirs=[str(each) for each in include_dirs],
         library_dirs=[*cpp_extension.library_paths(), *map(str, plan.cuda.library_dirs)],
         libraries=["c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python"],
-        extra_link_args=[f"-l:{plan.cuda.runtime_library}"],
+        extra_link_args=[f"-l:{plan.cuda.runtime_library}", *LINK_FLAGS],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         language="c++",
     )

@@ -25,7 +25,7 @@ ARCH = "sm_90a"
 DEFAULT_MAX_JOBS = 4  # each nvcc of a CuTe kernel takes a few GB of memory
 
 # The wheels that hold the CUDA compiler and the headers it goes with. All must have the same minor version: a newer
-# nvvm emits PTX that an older ptxas rejects, and the headers reject another compiler. pyproject.toml requires them in
+# nvvm emits PTX that an older ptxas rejects, and the headers reject another compiler. pyproject.toml pins releases of
 # PYPI_CUDA_VERSION, which is that of the torch release required there.
 PYPI_CUDA_VERSION = "13.0"
 PYPI_NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")

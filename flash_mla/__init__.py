@@ -4,6 +4,7 @@ from flash_mla._version import __version__
 from flash_mla.cache import append_mla_kv, bytes_per_token, gather_mla_kv, max_cached_tokens, mha_bytes_per_token
 from flash_mla.extension import is_available, unavailable_reason, warn_of_rival
 from flash_mla.interface import (
+    decode_workspace_bytes,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
     flash_mla_with_kvcache_fp8,
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "append_mla_kv",
     "bytes_per_token",
+    "decode_workspace_bytes",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "flash_mla_with_kvcache_fp8",

@@ -72,13 +72,14 @@ def gather_mla_kv(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, max
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or max_seqlen is negative. Always
             on the CPU, on the GPU with FLASH_MLA_CHECK=1 in the environment, also: a request has more tokens among the
-            first max_seqlen than its row of the block table, or pages that the cache does not have.
+            first max_seqlen than its row of the block table, or pages that the cache does not have. With that variable
+            on both: a request has a negative length.
     """
     check_gather(cache, block_table, cache_seqlens, max_seqlen)
     batch_size, max_blocks = block_table.shape
-    lengths = cache_seqlens.clamp(0, max_seqlen)
     if value_checks.are_wanted_for(cache):
-        value_checks.check_lengths_and_pages(block_table, lengths, cache.shape[0])
+        value_checks.check_lengths_and_pages(block_table, cache_seqlens.clamp(max=max_seqlen), cache.shape[0])
+    lengths = cache_seqlens.clamp(0, max_seqlen)
     if cache.shape[0] == 0 or max_blocks == 0 or batch_size == 0 or max_seqlen == 0:
         return cache.new_zeros(batch_size, max_seqlen, HEAD_DIM)
     # Unchecked, a request that is longer than its row has zeros from there on.

@@ -25,6 +25,7 @@ ANY_SIZE = -1
 _MAX_ROWS = (2**31 - 1) // 2
 _MAX_SCHEDULE_BATCH = 24 * 1024
 _ROW_ALIGNMENT = 8  # elements of 2 bytes: the kernels copy 16 bytes at a time
+_ROW_ALIGNMENT_BYTES = 16
 
 
 class DecodeArguments(NamedTuple):
@@ -86,10 +87,10 @@ def check_dense_decode(arguments: DecodeArguments) -> None:
     if k_cache.shape[0] < 1:
         raise ValueError(f"k_cache must have at least one page, got shape {list(k_cache.shape)}")
     if not (math.isfinite(softmax_scale) and softmax_scale >= 0):
-        raise ValueError(f"softmax_scale must be finite and not negative, got {softmax_scale}")
+        raise ValueError(f"softmax_scale must be finite and not negative, got {softmax_scale:g}")
 
     for name, tensor in {"k_cache": k_cache, **tables}.items():
-        _check_on_device(name, tensor, q.device)
+        check_on_device(name, tensor, q.device)
 
     _check_rows("q", q)
     _check_rows("k_cache", k_cache)
@@ -116,8 +117,26 @@ def check_out(out: Tensor, q: Tensor) -> None:
     """Raise TypeError or ValueError unless the result for q fits into out."""
     _check_dtype("out", out, q.dtype)
     check_shape("out", out, "(batch_size, seqlen_q, num_heads_q, head_dim_v)", [*q.shape[:3], HEAD_DIM_V])
-    _check_on_device("out", out, q.device)
+    check_on_device("out", out, q.device)
     _check_rows("out", out)
+
+
+def check_out_memory(out: Tensor, arguments: DecodeArguments) -> None:
+    """Raise ValueError if writing to one element of out would change another one, or what is still to be read."""
+    _check_address("out", out)
+    _check_elements_apart("out", out)
+    begin, end = _address_span(out)
+    tensors = zip(DecodeArguments._fields, arguments, strict=True)
+    for name, other in ((name, value) for name, value in tensors if isinstance(value, Tensor)):
+        other_begin, other_end = _address_span(other)
+        if begin != end and other_begin != other_end and begin < other_end and other_begin < end:
+            raise ValueError(f"out must lie apart from {name} in memory, got tensors that overlap")
+
+
+def check_addresses(arguments: DecodeArguments) -> None:
+    """Raise ValueError unless what the kernels copy 16 bytes at a time begins at a multiple of them."""
+    _check_address("q", arguments.q)
+    _check_address("k_cache", arguments.k_cache)
 
 
 def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -136,7 +155,7 @@ def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor
         check_shape("k_pe", k_pe, "(num_tokens, rope_dim) or (num_tokens, 1, rope_dim)", [num_tokens, rope_dim])
     check_shape("slot_mapping", slot_mapping, "(num_tokens,)", [num_tokens])
     for name, tensor in {"kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slot_mapping}.items():
-        _check_on_device(name, tensor, cache.device, "cache")
+        check_on_device(name, tensor, cache.device, "cache")
 
 
 def check_gather(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, max_seqlen: int) -> None:
@@ -147,7 +166,7 @@ def check_gather(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, max_
     check_shape("block_table", block_table, "(batch_size, max_blocks_per_request)", [ANY_SIZE, ANY_SIZE])
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [block_table.shape[0]])
     for name, tensor in {"block_table": block_table, "cache_seqlens": cache_seqlens}.items():
-        _check_on_device(name, tensor, cache.device, "cache")
+        check_on_device(name, tensor, cache.device, "cache")
     check_count("max_seqlen", max_seqlen, 0)
 
 
@@ -193,15 +212,16 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_on_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
+    """Raise ValueError unless the tensor is on the device of the owner."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, where {owner} is, got {tensor.device}")
+
+
 def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     check_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
-
-
-def _check_on_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, where {owner} is, got {tensor.device}")
 
 
 def _check_cache(cache: Tensor) -> None:
@@ -227,3 +247,33 @@ def _check_rows(name: str, tensor: Tensor) -> None:
                 f"{name} must have strides that are multiples of {_ROW_ALIGNMENT} elements, "
                 f"got strides {list(tensor.stride())}"
             )
+
+
+def _check_address(name: str, tensor: Tensor) -> None:
+    if tensor.data_ptr() % _ROW_ALIGNMENT_BYTES != 0:
+        raise ValueError(f"{name} must be aligned to {_ROW_ALIGNMENT_BYTES} bytes, got an address that is not")
+
+
+def _check_elements_apart(name: str, tensor: Tensor) -> None:
+    """No two elements in one place. Takes dimensions that interleave for overlapping ones."""
+    if tensor.numel() == 0:
+        return
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < extent:
+            raise ValueError(
+                f"{name} must have a place of its own for every element, got strides {list(tensor.stride())} "
+                f"for shape {list(tensor.shape)}"
+            )
+        extent += (size - 1) * stride
+
+
+def _address_span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first to the last element, end exclusive."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()

@@ -14,15 +14,16 @@ from flash_mla import schedule
 from flash_mla.checks import (
     HEAD_DIM_V,
     DecodeArguments,
+    check_addresses,
     check_decode_schedule,
     check_dense_decode,
     check_out,
+    check_out_memory,
     check_plan,
 )
 from flash_mla.schedule import CPU_NUM_SMS, PAGE_SIZE
 from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles
 
-_ROW_ALIGNMENT_BYTES = 16
 _PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
 
 
@@ -43,16 +44,16 @@ def dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
     given = DecodeArguments(*arguments)
     check_dense_decode(given)
     check_out(out, given.q)
-    _check_address("out", out)
+    check_out_memory(out, given)
     return _decode_into(out, given)
 
 
 @torch.no_grad()  # as the kernels: a gradient from here would be missing on a GPU
+@torch.autocast("cpu", enabled=False)
 def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
     q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal = given
     batch_size, seqlen_q, num_heads_q, _ = q.shape
-    _check_address("q", q)
-    _check_address("k_cache", k_cache)
+    check_addresses(given)
     grid = schedule.worker_grid(given.num_rows_per_head_kv, given.num_heads_kv, CPU_NUM_SMS)
     check_plan(given, grid)
     # Nothing here follows the plan. A wrong one is found all the same, as on a GPU it would give wrong results.
@@ -84,9 +85,10 @@ def _decode_request(
     num_heads_kv = k_cache.shape[2]
     # Rows of one KV head: token by token, the heads of its group.
     rows = q.float().view(seqlen_q, num_heads_kv, -1, head_dim).transpose(0, 1).flatten(1, 2)
-    num_visible = torch.full((seqlen_q,), length)
+    # Devices are named throughout: the default one may be another.
+    num_visible = torch.full((seqlen_q,), length, device=q.device)
     if causal:
-        num_visible += torch.arange(1 - seqlen_q, 1)
+        num_visible += torch.arange(1 - seqlen_q, 1, device=q.device)
     num_visible = num_visible.repeat_interleave(num_heads_q // num_heads_kv)
 
     row_max = rows.new_full(rows.shape[:2], float("-inf"))
@@ -96,7 +98,8 @@ def _decode_request(
         keys = k_cache[pages[begin : begin + _PAGES_PER_STEP].long()].flatten(0, 1)[:length].float().transpose(0, 1)
         length -= keys.shape[1]
         scores = rows @ keys.transpose(1, 2) * softmax_scale
-        scores.masked_fill_(torch.arange(keys.shape[1]) >= num_visible[:, None], float("-inf"))
+        key = torch.arange(keys.shape[1], device=q.device)
+        scores.masked_fill_(key >= num_visible[:, None], float("-inf"))
         num_visible = num_visible - keys.shape[1]
 
         new_max = torch.maximum(row_max, scores.amax(-1))
@@ -113,8 +116,3 @@ def _decode_request(
     lse = (row_max + row_sum.log()).masked_fill(sees_no_key, float("inf"))
     out = out.view(num_heads_kv, seqlen_q, -1, HEAD_DIM_V).transpose(0, 1).flatten(1, 2)
     return out, lse.view(num_heads_kv, seqlen_q, -1).transpose(1, 2).flatten(0, 1)
-
-
-def _check_address(name: str, tensor: Tensor) -> None:
-    if tensor.data_ptr() % _ROW_ALIGNMENT_BYTES != 0:
-        raise ValueError(f"{name} must be aligned to {_ROW_ALIGNMENT_BYTES} bytes, got an address that is not")

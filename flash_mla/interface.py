@@ -7,11 +7,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_mla import ops, value_checks
-from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_tensor
+from flash_mla import ops, schedule, value_checks
+from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_count, check_tensor
 from flash_mla.plan import FlashMLASchedMeta, tensors_of_plan
 
 _DEFAULT_SCALE = HEAD_DIM**-0.5
+_PARTIAL_ROW_BYTES = 4 * (HEAD_DIM_V + 1)  # float32 out and its log-sum-exp
 
 
 def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
@@ -74,6 +75,40 @@ def get_mla_decoding_metadata(
     return ops.decode_schedule(lengths_of_cache, num_rows, num_heads_k)
 
 
+def decode_workspace_bytes(
+    num_q_tokens_per_head_k: int,
+    num_heads_k: int,
+    *,
+    device: torch.device | str | int | None = None,
+    num_sms: int | None = None,
+) -> int:
+    """Scratch memory of one call of `flash_mla_with_kvcache` on a GPU, in bytes, besides the results it returns.
+
+    It holds the partial results of requests that are split among SMs, 35 MB on a GPU of 132 SMs and less than 64 MB on
+    any that the kernels run on, whatever the batch size, the lengths and the head counts. It comes from torch's
+    allocator and goes back there as the call returns; in a CUDA graph it belongs to the graph's memory pool and replays
+    allocate nothing. The CPU implementation has no such memory.
+
+    Args:
+        num_q_tokens_per_head_k, num_heads_k: as in `get_mla_decoding_metadata`.
+        device: a CUDA device, the current one by default. For the CPU, and where there is no GPU, the answer is that
+            for an H100 or H200.
+        num_sms: streaming multiprocessors of a GPU that is not here, instead of a device.
+
+    Raises:
+        TypeError, ValueError: a count is not an integer or less than 1, or device and num_sms are both given.
+    """
+    check_count("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
+    check_count("num_heads_k", num_heads_k, 1)
+    if num_sms is None:
+        num_sms = schedule.num_sms_of(torch.device("cuda" if device is None else device))
+    elif device is not None:
+        raise ValueError(f"num_sms must be None where device is given, got {num_sms}")
+    check_count("num_sms", num_sms, 1)
+    grid = schedule.worker_grid(num_q_tokens_per_head_k, num_heads_k, num_sms)
+    return schedule.num_partial_rows(grid) * _PARTIAL_ROW_BYTES
+
+
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -106,7 +141,8 @@ def flash_mla_with_kvcache(
         k_cache: (num_blocks, 64, num_heads_kv, 576), dtype and strides as q: pages of 64 tokens. The first 512 values
             of a token serve as its V.
         block_table: (batch_size, max_blocks) int32, the pages of each request; never read past the tokens it has.
-        cache_seqlens: (batch_size,) int32, tokens in the cache of each request, those of q included.
+        cache_seqlens: (batch_size,) int32, tokens in the cache of each request, those of q included; negative counts
+            as 0.
         head_dim_v: 512.
         tile_scheduler_metadata, num_splits: the schedule of `get_mla_metadata` with None, or the tensors of
             `get_mla_decoding_metadata`.
@@ -115,7 +151,8 @@ def flash_mla_with_kvcache(
         is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length,
             enable_batch_invariant, descale_q, descale_k, kv_format: of attention that this package does not have;
             NotImplementedError for anything but None and False.
-        out: where to write the result, instead of a new tensor.
+        out: where to write the result, instead of a new tensor; strides as those of q. No other argument may have
+            elements between its first and its last.
 
     Returns:
         out: (batch_size, seqlen_q, num_heads_q, 512) in the dtype of q.
@@ -126,7 +163,8 @@ def flash_mla_with_kvcache(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, strides or device, or the plan was made for
             other shapes. Always on the CPU, on the GPU with FLASH_MLA_CHECK=1 in the environment, also: a request has
             more tokens than its row of the block table, or pages that the cache does not have, or the plan is one for
-            other shapes although its own shape does not show it.
+            other shapes although its own shape does not show it. With that variable on both: a request has a negative
+            length.
         RuntimeError: the kernels are not built, or the GPU is not an sm_90 one.
     """
     if not (

@@ -24,7 +24,7 @@ dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, nu
     Rows that see no key have out 0 and lse +inf.
 
 dense_decode_out(..., *, out) -> lse
-    The same into a given tensor, strides as those of q.
+    The same into a given tensor, strides as those of q. No other argument has elements between its first and its last.
 
 Wrong dtypes raise TypeError, wrong shapes, strides, devices and values ValueError, GPUs other than sm_90 RuntimeError.
 """

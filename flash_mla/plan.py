@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flash_mla import ops
-from flash_mla.checks import check_head_counts, check_k_cache_shape, check_q_shape, check_shape, check_tensor
+from flash_mla.checks import (
+    check_head_counts,
+    check_k_cache_shape,
+    check_on_device,
+    check_q_shape,
+    check_shape,
+    check_tensor,
+)
 
 
 class PlanConfig(NamedTuple):
@@ -106,6 +113,7 @@ def tensors_of_plan(plan: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor
     check_head_counts(q.shape[1], q.shape[2], config.num_heads_kv)
     check_tensor("cache_seqlens", cache_seqlens)
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [config.batch_size])
+    check_on_device("cache_seqlens", cache_seqlens, q.device)
     metadata, num_splits = ops.decode_schedule(cache_seqlens, config.num_rows_per_head_kv, config.num_heads_kv)
     plan.tile_scheduler_metadata = metadata
     plan.num_splits = num_splits

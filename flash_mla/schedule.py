@@ -59,6 +59,12 @@ def worker_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> W
     return WorkerGrid(num_lanes, num_sms // num_lanes, num_heads_kv * -(-row_tiles // num_lanes))
 
 
+def num_partial_rows(grid: WorkerGrid) -> int:
+    """Rows of partial results that a plan can ask for: two pieces of a worker may be parts of tiles, its first one and
+    its last one, and each of its lanes has a tile of rows for both."""
+    return 2 * grid.num_workers * grid.num_lanes * BLOCK_M
+
+
 def decode_schedule(
     cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +79,12 @@ def decode_schedule(
             end_tile, end_block (exclusive), num_pieces, last_worker.
         num_splits: (batch_size + 1,) int32, running count of pieces.
     """
-    _, num_workers, tiles = worker_grid(num_rows_per_head_kv, num_heads_kv, num_sms)
+    grid = worker_grid(num_rows_per_head_kv, num_heads_kv, num_sms)
+    return divide_work(cache_seqlens, grid.tiles_per_request, grid.num_workers)
+
+
+def divide_work(cache_seqlens: Tensor, tiles: int, num_workers: int) -> tuple[Tensor, Tensor]:
+    """Plan a decode of so many tiles per request for so many workers; else as `decode_schedule`."""
     batch_size = cache_seqlens.shape[0]
 
     # One entry beyond the last request, so that the end of the line needs no special case.

@@ -1,7 +1,8 @@
 """Checks of values that lie on the device: lengths, page numbers, slots and plans. Each synchronizes with the GPU.
 
 The environment variable FLASH_MLA_CHECK=1, read when the package is imported, turns them on for GPU tensors; the CPU
-implementations always do them.
+implementations always do them. Negative lengths have a meaning, that of 0: they are reported only where the variable
+is set, on the CPU too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def check_slots(slot_mapping: Tensor, num_slots: int) -> None:
 
 
 def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_blocks: int) -> None:
-    """Raise ValueError for a request that is longer than its row of the block table or has a page out of range.
+    """Raise ValueError for a request that is longer than its row of the block table or has a page out of range, and
+    where FLASH_MLA_CHECK=1 is set for one of negative length.
 
     Args:
         block_table: (batch_size, max_blocks) int32; only the first ceil(length / 64) entries of a row are looked at.
@@ -60,6 +62,8 @@ def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_bloc
     # The first bad column of each row, max_blocks where there is none.
     first_bad = torch.where(is_bad, column, max_blocks).amin(1) if max_blocks > 0 else torch.zeros_like(num_used)
     has_problem = (num_used > max_blocks) | (first_bad < max_blocks)
+    if ENABLED:
+        has_problem |= cache_seqlens < 0
     request = has_problem.to(torch.int32).argmax()  # the first one
     # One transfer for all that a message needs.
     found, request_index, length, bad_column = torch.stack(
@@ -67,6 +71,8 @@ def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_bloc
     ).tolist()
     if not found:
         return
+    if length < 0:
+        raise ValueError(f"cache_seqlens must not be negative, got {length} for request {request_index}")
     if bad_column < max_blocks:
         page = int(block_table[request_index, bad_column])
         raise ValueError(

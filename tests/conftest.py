@@ -8,9 +8,26 @@ import torch
 import flash_mla
 
 
-def pytest_report_header() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rejected-calls", type=int, default=20_000, help="wrong calls in a row, after which no memory may be missing"
+    )
+
+    parser.addoption("--fuzz-cases", type=int, help="random cases per device (300 on the CPU, 20000 on the GPU)")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="another seed gives other random cases (0)")
+
+
+def pytest_configure() -> None:
+    # What several threads gain in tensors of this size, they lose in waiting for each other.
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     reason = flash_mla.unavailable_reason()
-    return f"GPU tests: {'run' if reason is None else f'skipped, {reason}'}"
+    return [
+        f"GPU tests: {'run' if reason is None else f'skipped, {reason}'}",
+        f"random cases: --fuzz-seed {config.getoption('--fuzz-seed')}",
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

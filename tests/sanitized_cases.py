@@ -1,40 +1,233 @@
-"""Small decodes for compute-sanitizer, which reach the paths of the kernels: not a test by itself.
+"""Small decodes that take every way through the kernels, for compute-sanitizer: `make sanitize` runs them.
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitized_cases.py
+    python tests/sanitized_cases.py --device cuda
+
+Inputs, plans and the reference are made on the CPU, so that the GPU runs no kernels but those of this package. Few of
+its CTAs have work, since the sanitizers take their time for each.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from cases import make_case
+from cases import HEAD_DIM_V, PAGE_SIZE, Case, make_case
+from plans import plan_for_few_workers
 from reference import assert_close, reference
+from torch import Tensor
 
 import flash_mla  # noqa: F401
+from flash_mla import schedule
+from flash_mla.schedule import BLOCK_M, WorkerGrid
 
-# Lengths that end inside pages, requests without tokens, splits, one and several 64-row tiles, with and without pairs.
-CASES = {
-    "one tile": {"batch": 3, "num_heads_q": 16, "seqlens": [100, 0, 64]},
-    "split": {"batch": 2, "num_heads_q": 16, "seqlens": [1500, 65], "strided_cache": True},
-    "pair of tiles": {"batch": 3, "num_heads_q": 128, "seqlens": [70, 0, 200]},
-    "pairs, split, causal": {"batch": 1, "seqlen_q": 2, "num_heads_q": 128, "seqlens": [1300], "causal": True},
-    "three tiles": {"batch": 2, "num_heads_q": 192, "seqlens": [130, 3], "strided_q": True},
-    # So many that a CTA goes through more pieces than its queue holds.
-    "many requests": {"batch": 1600, "num_heads_q": 16, "seqlens": lambda i: (0, 1, 64, 65, 200)[i % 5]},
-    "many requests, pairs": {"batch": 800, "num_heads_q": 128, "seqlens": lambda i: (0, 1, 64, 65, 200)[i % 5]},
-    "two KV heads": {"batch": 2, "num_heads_q": 32, "num_heads_kv": 2, "seqlens": [90, 300]},
+# What the kernels keep in shared memory, in csrc/kernels/sm90/dense_decode.
+NUM_STAGES = 3
+QUEUE_CAPACITY = 8
+
+
+@dataclass(frozen=True)
+class SanitizedCase:
+    name: str
+    lengths: Sequence[int]
+    num_workers: int | None = None  # that have work; None: as the scheduler divides it
+    planned_lengths: Sequence[int] | None = None  # of a plan for other lengths
+    strided_out: bool = False
+    shape: dict[str, Any] = field(default_factory=dict)  # for make_case
+
+    @property
+    def num_heads_kv(self) -> int:
+        return self.shape.get("num_heads_kv", 1)
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.shape.get("seqlen_q", 1)
+
+    @property
+    def num_rows_per_head_kv(self) -> int:
+        return self.seqlen_q * self.shape.get("num_heads_q", 16) // self.num_heads_kv
+
+    def make(self, dtype: torch.dtype, device: str) -> Case:
+        return make_case(batch=len(self.lengths), seqlens=list(self.lengths), dtype=dtype, device=device, **self.shape)
+
+    def grid(self, num_sms: int) -> WorkerGrid:
+        return schedule.worker_grid(self.num_rows_per_head_kv, self.num_heads_kv, num_sms)
+
+    def plan(self, device: str) -> tuple[Tensor, Tensor]:
+        num_sms = schedule.num_sms_of(torch.device(device))
+        num_workers = self.num_workers or self.grid(num_sms).num_workers
+        lengths = self.lengths if self.planned_lengths is None else self.planned_lengths
+        return plan_for_few_workers(lengths, self.num_rows_per_head_kv, self.num_heads_kv, num_workers, device)
+
+
+CASES = [
+    SanitizedCase("whole tiles", [100, 0, 64], num_workers=2, shape={"wide_block_table": False}),
+    SanitizedCase("split, strided", [1500, 65], strided_out=True, shape={"strided_cache": True, "strided_q": True}),
+    SanitizedCase("33 parts of a tile", [64 * 221 - 1]),
+    SanitizedCase("pair of tiles", [70, 0, 200], num_workers=3, shape={"num_heads_q": 128}),
+    SanitizedCase(
+        "pair of tiles, split, causal", [1300], num_workers=5, shape={"seqlen_q": 2, "num_heads_q": 128, "causal": True}
+    ),
+    SanitizedCase("three tiles", [130, 3], num_workers=2, shape={"num_heads_q": 192, "strided_q": True}),
+    SanitizedCase(
+        "11 tiles for 12 lanes, causal",
+        [300, 20],
+        num_workers=3,
+        shape={"seqlen_q": 44, "num_heads_q": 16, "causal": True},
+    ),
+    SanitizedCase("many requests", [(0, 1, 64, 65, 200)[i % 5] for i in range(30)], num_workers=2),
+    SanitizedCase(
+        "many requests, pair of tiles",
+        [(0, 1, 64, 65, 200)[i % 5] for i in range(30)],
+        num_workers=2,
+        shape={"num_heads_q": 128},
+    ),
+    SanitizedCase("two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 32, "num_heads_kv": 2}),
+    SanitizedCase("shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[900, 900, 0]),
+    SanitizedCase(
+        "longer than planned", [600, 100], num_workers=4, planned_lengths=[10, 700], shape={"num_heads_q": 128}
+    ),
+]
+
+# The ways through the kernels. A tile is the query rows of one or several CTAs, a piece what a worker has of it.
+ROUTES = {
+    "table without room behind it",
+    "gaps in queries, cache and output",
+    "several KV heads",
+    "one CTA per cluster",
+    "two CTAs per cluster",
+    "several lanes, one CTA per cluster",
+    "tile that is not full",
+    "lane without rows beside one that has some",
+    "worker without work",
+    "whole tile",
+    "whole tile without keys",
+    "first part of a tile",
+    "first part of a tile, the only piece of its worker",
+    "middle part of a tile",
+    "last part of a tile",
+    "part of a tile without keys",
+    "more parts than lanes of a warp",
+    "more blocks than stages",
+    "more pieces than the queue holds",
+    "no mask",
+    "end of the tokens in a block",
+    "causal",
+    "causal over several blocks",
+    "row that sees no key",
 }
 
 
-def main() -> int:
-    for name, shape in CASES.items():
+def routes_of(case: SanitizedCase, num_sms: int) -> set[str]:
+    """Which of the ways a case takes, as csrc/kernels/sm90/dense_decode/pieces.h goes through a plan."""
+    grid = case.grid(num_sms)
+    m_tiles = -(-case.num_rows_per_head_kv // BLOCK_M)
+    routes = {"two CTAs per cluster" if grid.num_lanes % 2 == 0 else "one CTA per cluster"}
+    if not case.shape.get("wide_block_table", True):
+        routes.add("table without room behind it")
+    if case.strided_out and case.shape.get("strided_q") and case.shape.get("strided_cache"):
+        routes.add("gaps in queries, cache and output")
+    if case.num_heads_kv > 1:
+        routes.add("several KV heads")
+    if grid.num_lanes > 1 and grid.num_lanes % 2 == 1:
+        routes.add("several lanes, one CTA per cluster")
+    if case.num_rows_per_head_kv % BLOCK_M != 0:
+        routes.add("tile that is not full")
+    if m_tiles % grid.num_lanes != 0:
+        routes.add("lane without rows beside one that has some")
+
+    lengths = case.lengths if case.planned_lengths is None else case.planned_lengths
+    num_workers = min(case.num_workers or grid.num_workers, grid.num_workers)
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    rows = schedule.divide_work(seqlens, grid.tiles_per_request, num_workers)[0].tolist()
+    if num_workers < grid.num_workers or any(row[6] == 0 for row in rows):
+        routes.add("worker without work")
+    for worker, (batch, tile, begin_block, _, _, end_block, num_pieces, last_worker) in enumerate(rows):
+        num_with_keys = num_blocks_of_worker = 0
+        for index in range(num_pieces):
+            num_blocks = -(-case.lengths[batch] // PAGE_SIZE)
+            continued = index == 0 and begin_block > 0
+            continues = index == num_pieces - 1 and last_worker != worker
+            begin = min(begin_block, num_blocks) if continued else 0
+            end = min(end_block, num_blocks) if continues else num_blocks
+            num_with_keys += end > begin
+            num_blocks_of_worker += end - begin
+            routes.add(
+                {
+                    (False, False): "whole tile" if num_blocks > 0 else "whole tile without keys",
+                    (False, True): "first part of a tile",
+                    (True, True): "middle part of a tile",
+                    (True, False): "last part of a tile",
+                }[continued, continues]
+            )
+            if continues and not continued and num_pieces == 1:
+                routes.add("first part of a tile, the only piece of its worker")
+            if (continued or continues) and end == begin:
+                routes.add("part of a tile without keys")
+            if continues and last_worker - worker + 1 > 32:
+                routes.add("more parts than lanes of a warp")
+            tile += 1
+            if tile == grid.tiles_per_request:
+                batch, tile = batch + 1, 0
+        if num_with_keys > QUEUE_CAPACITY:
+            routes.add("more pieces than the queue holds")
+        if num_blocks_of_worker > NUM_STAGES:
+            routes.add("more blocks than stages")
+
+    causal = case.shape.get("causal", False) and case.seqlen_q > 1
+    for length in case.lengths:
+        if length > 0:
+            routes.add("end of the tokens in a block" if length % PAGE_SIZE else "no mask")
+            if causal:
+                routes.add("causal")
+                # From the first key that some row does not see to the last one.
+                if (length - case.seqlen_q + 1) // PAGE_SIZE < (length - 1) // PAGE_SIZE:
+                    routes.add("causal over several blocks")
+        if length <= 0 or (causal and length < case.seqlen_q):
+            routes.add("row that sees no key")
+    return routes
+
+
+def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
+    """Plan and decode on the device; raise AssertionError if either is wrong."""
+    expected = reference(case.make(dtype, "cpu"))
+    given = case.make(dtype, device)
+    num_sms = schedule.num_sms_of(torch.device(device))
+    counts = (case.num_rows_per_head_kv, case.num_heads_kv)
+    planned = torch.ops.flash_mla.decode_schedule(given.cache_seqlens, *counts)
+    expected_plan = schedule.decode_schedule(given.cache_seqlens.cpu(), *counts, num_sms)
+    for part, expected_part in zip(planned, expected_plan, strict=True):
+        assert torch.equal(part.cpu(), expected_part), "the plan is not that of the host"
+
+    shape = (*given.q.shape[:3], HEAD_DIM_V + (64 if case.strided_out else 0))
+    memory = torch.full(shape, float("nan"), dtype=dtype).to(device)
+    out = memory[..., 32 : 32 + HEAD_DIM_V] if case.strided_out else memory
+    lse = torch.ops.flash_mla.dense_decode_out(
+        given.q,
+        given.k_cache,
+        given.block_table,
+        given.cache_seqlens,
+        *case.plan(device),
+        given.softmax_scale,
+        given.causal,
+        out=out,
+    )
+    # As a whole: a copy of a part would be a kernel.
+    on_cpu = memory.cpu()
+    assert_close(on_cpu[..., 32 : 32 + HEAD_DIM_V] if case.strided_out else on_cpu, lse.cpu(), *expected)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the cases only")
+    options = parser.parse_args(arguments)
+    for case in CASES:
         for dtype in (torch.bfloat16, torch.float16):
-            case = make_case(**shape, dtype=dtype, device="cuda")
-            out, lse = torch.ops.flash_mla.dense_decode(*case.op_arguments())
-            torch.cuda.synchronize()
-            assert_close(out, lse, *reference(case))
-            print(f"{name} {dtype} ok", flush=True)
+            run(case, dtype, options.device)
+            print(f"{case.name}, {str(dtype).removeprefix('torch.')}: ok", flush=True)
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_tools import checked_nvcc
+from build_tools import checked_nvcc, compare_builds
+from build_tools.compare_builds import cuobjdump
 from build_tools.flags import NVCC_FLAGS
-from build_tools.toolchain import find_cuda, wheel_dirs
+from build_tools.toolchain import find_cuda
 from flash_mla import extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,23 +37,6 @@ def library() -> Path:
             pytest.fail(f"the kernels were to be built, but flash_mla._C is missing ({reason})")
         pytest.skip(f"the kernels are not built: {reason}")
     return Path(spec.origin)
-
-
-def find_tool(name: str) -> str:
-    folders = [str(each / "bin") for each in wheel_dirs(sys.path, str(torch.version.cuda).split(".")[0])]
-    if cuda_home := os.environ.get("CUDA_HOME"):
-        folders.insert(0, str(Path(cuda_home, "bin")))
-    found = shutil.which(name, path=os.pathsep.join([*folders, os.environ["PATH"]]))
-    assert found, f"{name} is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    return found
-
-
-def cuobjdump(library: Path, *options: str) -> str:
-    # cuobjdump looks for nvdisasm on PATH.
-    path = os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), os.environ["PATH"]])
-    command = [find_tool("cuobjdump"), *options, str(library)]
-    process = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
-    return process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +99,42 @@ def test_links_only_what_it_needs(library):
     assert of_torch <= {
         f"lib{name}.so" for name in ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python")
     }
+
+
+def test_host_code_is_hardened(library):
+    """What the loader binds is read-only afterwards, the stack holds no code, and returns are guarded."""
+    process = subprocess.run(["readelf", "-dlsW", str(library)], capture_output=True, text=True, check=True)
+    output = process.stdout
+    assert "GNU_RELRO" in output and re.search(r"\(FLAGS\).*BIND_NOW", output)
+    assert re.search(r"GNU_STACK .* RW ", output)
+    assert "__stack_chk_fail" in output
+    assert "TEXTREL" not in output and "RPATH" not in output and "RUNPATH" not in output
+
+
+def compile_kernel(folder: Path, body: str) -> Path:
+    """An object with one kernel, in an unnamed namespace as most of ours are."""
+    folder.mkdir()
+    source, output = folder / "kernel.cu", folder / "kernel.o"
+    source.write_text(f"namespace {{ __global__ void kernel(float* x) {{ {body} }} }}\nauto* used = &kernel;\n")
+    cuda = find_cuda(str(torch.version.cuda))
+    includes = [f"-I{each}" for each in cuda.include_dirs]
+    subprocess.run([str(cuda.nvcc), *NVCC_FLAGS, *includes, "-c", str(source), "-o", str(output)], check=True)
+    return output
+
+
+def test_builds_in_two_folders_are_the_same(library, tmp_path, capsys):
+    first, second = (compile_kernel(tmp_path / name, "x[threadIdx.x] = 1;") for name in ("first", "second"))
+    assert first.read_bytes() != second.read_bytes()
+    assert compare_builds.main([str(first), str(second)]) == 0
+    assert "the builds are the same" in capsys.readouterr().out
+    assert compare_builds.main([str(library), str(library)]) == 0
+
+
+def test_another_instruction_is_another_build(library, tmp_path, capsys):
+    first, second = (compile_kernel(tmp_path / value, f"x[threadIdx.x] = {value};") for value in ("1", "2"))
+    assert compare_builds.main([str(first), str(second)]) == 1
+    assert "1 of 1 parts differ" in capsys.readouterr().out
+    assert compare_builds.main([str(library), str(second)]) == 1
 
 
 def test_extension_reports_what_was_built(library):

@@ -40,7 +40,7 @@ def test_right_arguments_pass(device, invalid_page):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("length", [-1, 0, 320])
+@pytest.mark.parametrize("length", [0, 1, 320])
 def test_lengths_at_the_edge_pass(device, length):
     case = make_case(batch=2, seqlens=[320, 320], device=device)
     case.cache_seqlens[1] = length
@@ -54,6 +54,44 @@ def test_length_beyond_the_block_table(device, length):
     case.block_table[2] = 1
     with pytest.raises(ValueError, match=rf"cache_seqlens must be at most 320.*got {length} for request 2"):
         decode(case)
+
+
+@pytest.mark.parametrize("length", [-1, -64, -(2**31)])
+def test_negative_length(device, length):
+    case = example(device)
+    case.cache_seqlens[2] = length
+    with pytest.raises(ValueError, match=rf"^cache_seqlens must not be negative, got {length} for request 2$"):
+        decode(case)
+    with pytest.raises(ValueError, match=rf"^cache_seqlens must not be negative, got {length} for request 2$"):
+        flash_mla.gather_mla_kv(case.k_cache, case.block_table, case.cache_seqlens, 320)
+
+
+def test_negative_length_counts_as_none_where_nothing_is_checked(device, monkeypatch):
+    monkeypatch.setattr(value_checks, "ENABLED", False)
+    case = example(device)
+    case.cache_seqlens[2] = -5
+    out, lse = decode(case)
+    assert (out[2] == 0).all() and lse[2].isposinf().all()
+    assert lse[[0, 3]].isfinite().all()
+
+
+MISTAKES = [  # message, length, first page
+    ("cache_seqlens must not be negative, got -1", -1, 0),
+    ("cache_seqlens must be at most 320", 321, 0),
+    ("block_table must hold pages", 64, -3),
+]
+
+
+@pytest.mark.parametrize(("message", "length", "page"), MISTAKES, ids=["negative", "too-long", "page"])
+def test_the_first_mistake_is_named_whatever_it_is(device, message, length, page):
+    """Not one of another kind in a later request."""
+    for request in range(4):
+        case = make_case(batch=4, seqlens=320, device=device)
+        for index, mistake in enumerate([(message, length, page), *MISTAKES][: 4 - request], start=request):
+            case.cache_seqlens[index] = mistake[1]
+            case.block_table[index, 0] = mistake[2]
+        with pytest.raises(ValueError, match=rf"^{message}.* request {request}\b"):
+            decode(case)
 
 
 @pytest.mark.parametrize("page", [-1, "num_blocks", 2147480000])

@@ -135,7 +135,8 @@ int main() {
     std::printf("%d\\n", flash_mla::kWorkerRowInts);
     while (std::scanf("%d %d %d", &rows, &heads, &sms) == 3) {
         auto const grid = flash_mla::worker_grid(rows, heads, sms);
-        std::printf("%d %d %d\\n", grid.num_lanes, grid.num_workers, grid.tiles_per_request);
+        std::printf("%d %d %d %d\\n", grid.num_lanes, grid.num_workers, grid.tiles_per_request,
+                    flash_mla::num_partial_slots(grid.num_workers) * grid.num_lanes * flash_mla::kBlockM);
     }
 }
 """
@@ -152,7 +153,10 @@ def test_worker_grid_is_the_same_on_host_and_device(tmp_path):
     process = subprocess.run([str(program)], input=given, capture_output=True, text=True, check=True)
     columns, *lines = process.stdout.splitlines()
     assert int(columns) == schedule.METADATA_COLUMNS
-    assert [tuple(map(int, line.split())) for line in lines] == [tuple(schedule.worker_grid(*case)) for case in cases]
+    grids = [schedule.worker_grid(*case) for case in cases]
+    assert [tuple(map(int, line.split())) for line in lines] == [
+        (*grid, schedule.num_partial_rows(grid)) for grid in grids
+    ]
 
 
 def op_names() -> set[str]:
@@ -173,6 +177,13 @@ def test_schemas_are_defined_once():
 def test_every_op_has_a_cuda_implementation():
     implemented = re.findall(r'library\.impl\("(\w+)"', (CSRC / "bindings.cpp").read_text())
     assert sorted(implemented) == sorted(op_names())
+
+
+def test_device_memory_comes_from_torch_only():
+    """So that its allocator, its graphs and its statistics know of all of it."""
+    allocation = r"\bcu(da)?(Malloc|MemAlloc|MemCreate|HostAlloc|MallocHost)\w*\s*\("
+    for path in CPP_FILES:
+        assert not re.search(allocation, path.read_text()), path
 
 
 def test_nothing_ends_the_process():

@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md promise: the example runs, the commands exist, the links resolve."""
+"""What the documents promise: the example runs, the commands and the named tests exist, the links resolve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import flash_mla
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 
 def code_blocks(path: Path, language: str) -> list[str]:
@@ -73,6 +73,18 @@ def test_named_files_and_functions_exist(document):
             assert hasattr(flash_mla, function.group(1)), name
     for function in re.findall(r"`flash_mla\.(\w+)\(", document.read_text()):
         assert hasattr(flash_mla, function), function
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_named_tests_exist(document):
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", document.read_text()):
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_reported_bug_is_in_the_document_on_reliability():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    for name in re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_reported_bugs.py").read_text(), re.MULTILINE):
+        assert f"`tests/test_reported_bugs.py::{name}`" in text, name
 
 
 def test_version_is_in_the_changelog():

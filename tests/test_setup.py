@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_tools import requirements, toolchain
+from build_tools import compare_builds, requirements, toolchain
 from build_tools.toolchain import PYPI_CUDA_VERSION, PYPI_NVCC_PACKAGES, ToolchainError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,8 +168,22 @@ def test_requirements_of_the_build_and_of_extras(monkeypatch, needed):
     assert any(each.startswith("pytest") for each in listed)
     compilers = [each.partition(";")[0] for each in listed if each.startswith(PYPI_NVCC_PACKAGES)]
     # torch brings the headers of the runtime.
-    expected = [f"{package}=={PYPI_CUDA_VERSION}.*" for package in PYPI_NVCC_PACKAGES if "runtime" not in package]
-    assert compilers == (expected if needed else [])
+    expected = [package for package in PYPI_NVCC_PACKAGES if "runtime" not in package]
+    assert [each.partition("==")[0] for each in compilers] == (expected if needed else [])
+    assert all(each.partition("==")[2].startswith(f"{PYPI_CUDA_VERSION}.") for each in compilers)
+
+
+def test_versions_are_pinned_where_they_decide_what_is_built(monkeypatch):
+    """What is compiled or compiles is one release; for tools, and for what tests use, any of a range that ends."""
+    monkeypatch.setattr(requirements, "needs_pypi_nvcc", lambda: True)
+    tools = {"setuptools", "ninja"}
+    for each in requirements.requirements([]):
+        name, version = re.fullmatch(r"([\w-]+)([^;]*)(?:;.*)?", each).groups()
+        pattern = r">=[\d.]+,<[\d.]+" if name in tools else r"==\d+(\.\d+)+"
+        assert re.fullmatch(pattern, version), each
+    for extra in ("test", "lint", "benchmark"):
+        for each in set(requirements.requirements([extra])) - set(requirements.requirements([])):
+            assert re.match(r"[\w-]+(==\d+(\.\d+)+|>=[\d.]+,<[\d.]+)(;|$)", each), each
 
 
 def test_plan_without_kernels_on_request():
@@ -269,6 +283,27 @@ def test_wheel_without_kernels(source_copy, environment, tmp_path):
     assert process.returncode == 0, process.stderr
     assert not list(site_packages.glob("flash_mla*"))
     assert "No module named 'flash_mla'" in run_without_kernels(environment).stderr
+
+
+def test_wheels_of_the_same_sources_are_the_same(source_copy, tmp_path):
+    """Byte for byte, from two folders, where SOURCE_DATE_EPOCH says what time it is. That of one with kernels depends
+    on them: build_tools/compare_builds.py."""
+    first, second = (build_wheel(source_copy, tmp_path / name) for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    assert compare_builds.main([str(first), str(second)]) == 0
+
+    (source_copy / "flash_mla" / "cpu.py").write_text("# another file\n")
+    assert compare_builds.main([str(first), str(build_wheel(source_copy, tmp_path / "third"))]) == 1
+
+
+def build_wheel(sources: Path, folder: Path) -> Path:
+    """Of a copy of the sources in this folder, at a given time."""
+    shutil.copytree(sources, folder)
+    program = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    environ = {**os.environ, "FLASH_MLA_CUDA": "0", "SOURCE_DATE_EPOCH": "1700000000"}
+    subprocess.run([sys.executable, "-c", program], cwd=folder, env=environ, check=True, capture_output=True)
+    (wheel,) = folder.glob("flash_mla-*.whl")
+    return wheel
 
 
 def test_source_archive(source_copy, tmp_path):

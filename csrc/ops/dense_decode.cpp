@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "kernels/split_kv_combine/split_kv_combine.h"
 #include "ops/checks.h"
@@ -25,7 +26,7 @@ struct Arguments {
 
 void check_arguments(Arguments const& a) {
     TORCH_CHECK_TYPE(a.q.scalar_type() == at::kBFloat16 || a.q.scalar_type() == at::kHalf,
-                     "q must have dtype torch.bfloat16 or torch.float16, got ", a.q.scalar_type());
+                     "q must have dtype torch.bfloat16 or torch.float16, got ", dtype_name(a.q.scalar_type()));
     check_dtype("k_cache", a.k_cache, a.q.scalar_type());
     check_dtype("block_table", a.block_table, at::kInt);
     check_dtype("cache_seqlens", a.cache_seqlens, at::kInt);
@@ -37,12 +38,12 @@ void check_arguments(Arguments const& a) {
                 "(num_blocks, page_size, num_heads_kv, head_dim) = ", {-1, kPageSize, -1, kHeadDim});
     check_shape("block_table", a.block_table, "(batch_size, max_blocks_per_request) = ", {a.q.size(0), -1});
     check_shape("cache_seqlens", a.cache_seqlens, "(batch_size,) = ", {a.q.size(0)});
-    TORCH_CHECK_VALUE(a.q.size(1) >= 1, "q must have at least one token per request, got shape ", a.q.sizes());
+    TORCH_CHECK_VALUE(a.q.size(1) >= 1, "q must have at least one token per request, got ", a.q.size(1));
     TORCH_CHECK_VALUE(a.k_cache.size(0) >= 1, "k_cache must have at least one page, got shape ", a.k_cache.sizes());
     TORCH_CHECK_VALUE(a.q.size(2) >= 1 && a.k_cache.size(2) >= 1 && a.q.size(2) % a.k_cache.size(2) == 0,
                       "q must have a multiple of the ", a.k_cache.size(2), " heads of k_cache, got ", a.q.size(2));
     TORCH_CHECK_VALUE(a.q.size(1) * a.q.size(2) <= std::numeric_limits<int>::max() / 2,
-                      "q has too many rows per request, got shape ", a.q.sizes());
+                      "q has too many rows per request, got ", a.q.size(1), " tokens of ", a.q.size(2), " heads");
     TORCH_CHECK_VALUE(std::isfinite(a.softmax_scale) && a.softmax_scale >= 0,
                       "softmax_scale must be finite and not negative, got ", a.softmax_scale);
 
@@ -150,6 +151,16 @@ Tensor dense_decode_out(Tensor const& q, Tensor const& k_cache, Tensor const& bl
                 "(batch_size, seqlen_q, num_heads_q, head_dim_v) = ", {q.size(0), q.size(1), q.size(2), kHeadDimV});
     check_on_device("out", out, q.device());
     check_rows("out", out);
+    check_elements_apart("out", out);
+    std::pair<char const*, Tensor const*> const others[] = {
+        {"q", &q},
+        {"k_cache", &k_cache},
+        {"block_table", &block_table},
+        {"cache_seqlens", &cache_seqlens},
+        {"tile_scheduler_metadata", &tile_scheduler_metadata},
+        {"num_splits", &num_splits},
+    };
+    for (auto const& [name, other] : others) check_apart_from("out", out, name, *other);
     return run(arguments, out);
 }
 

@@ -1,0 +1,90 @@
+"""`make sanitize`: its cases take every way through the kernels, and its filter has the names of all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import sanitized_cases
+import torch
+from sanitized_cases import CASES, ROUTES, routes_of
+
+from build_tools import sanitize
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "kernels"
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+def test_cases_take_every_way(num_sms):
+    taken: set[str] = set()
+    for case in CASES:
+        taken |= routes_of(case, num_sms)
+    assert taken == ROUTES
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES),
+        ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
+    ],
+)
+def test_sizes_are_those_of_the_kernel(name, file, expected):
+    assert re.search(rf"constexpr int {name} = (\d+);", (KERNELS / file).read_text())[1] == str(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-").replace(",", ""))
+def test_case(device, case, dtype):
+    """As they are run there, but unwatched."""
+    sanitized_cases.run(case, dtype, device)
+
+
+def test_filter_has_the_names_of_all_kernels():
+    sources = "\n".join(path.read_text() for path in KERNELS.rglob("*.cu*"))
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(", sources)
+    assert len(kernels) == sources.count("__global__")
+    for kernel in kernels:
+        assert re.search(sanitize.OWN_KERNELS, kernel), kernel
+
+
+def pretend_sanitizer(folder: Path, script: str) -> None:
+    program = folder / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize("failing", ["", "racecheck", "initcheck"])
+def test_every_tool_runs_and_a_failure_is_reported(failing, tmp_path, monkeypatch, capfd):
+    """All tools, also after one that failed."""
+    pretend_sanitizer(
+        tmp_path,
+        f'echo "ran $2 $PYTORCH_NO_CUDA_MEMORY_CACHING"\ncase "$2" in {failing or "none"}) exit 1;; esac',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert sanitize.main([]) == (1 if failing else 0)
+    output = capfd.readouterr().out
+    assert re.findall(r"ran (\w+) 1", output) == list(sanitize.TOOLS)
+    assert output.endswith(f"failed: {failing}\n" if failing else "clean: memcheck, racecheck, synccheck, initcheck\n")
+
+
+def test_missing_sanitizer_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sanitize, "DEFAULT_CUDA_HOME", tmp_path / "nowhere")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert sanitize.main(["memcheck"]) == 2
+    assert "compute-sanitizer was not found" in capsys.readouterr().err
+
+
+def test_command_watches_our_kernels_with_this_python():
+    for tool in sanitize.TOOLS:
+        command = sanitize.command("compute-sanitizer", tool)
+        assert command[0] == "compute-sanitizer" and command[-2] == sys.executable
+        options = dict(zip(command[1:-2:2], command[2:-2:2], strict=True))
+        assert options["--tool"] == tool and options["--kernel-name"] == f"regex={sanitize.OWN_KERNELS}"
+        assert options["--error-exitcode"] == "1"
