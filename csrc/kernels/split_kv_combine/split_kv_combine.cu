@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "kernels/dependent_launch.h"
+#include "kernels/sm90/primitives/dependent_launch.h"
 #include "params/query_rows.h"
 
 namespace flash_mla {
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     WorkerGrid const& grid = params.grid;
     int const worker = blockIdx.y, lane = blockIdx.x;
     WorkerRow const row = params.metadata[worker];  // older than the decode
-    allow_dependent_launch();
-    wait_for_previous_kernel();
+    sm90::allow_dependent_launch();
+    sm90::wait_for_previous_kernel();
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
     if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;
     // Of a plan for other shapes.
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
     int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
-    cudaLaunchAttribute attribute = dependent_launch_attribute();
+    cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers, ceil_div(rows, kRowsPerCta));
     config.blockDim = dim3(kRowsPerCta * kThreadsPerRow);

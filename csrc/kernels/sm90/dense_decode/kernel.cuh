@@ -47,9 +47,9 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "kernels/dependent_launch.h"
 #include "kernels/sm90/dense_decode/output.h"
 #include "kernels/sm90/dense_decode/scores.h"
+#include "kernels/sm90/primitives/dependent_launch.h"
 
 namespace flash_mla::sm90 {
 

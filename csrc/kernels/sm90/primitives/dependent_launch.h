@@ -3,15 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
-namespace flash_mla {
+namespace flash_mla::sm90 {
 
-#ifdef __CUDACC__
 // From here on the next kernel may be launched. It sees nothing of this one before it has waited for its end.
 __device__ inline void allow_dependent_launch() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
 
 // Waits until the kernel before has ended and what it wrote is visible.
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
-#endif
 
 // The attribute of a launch that need not wait for the end of the kernel before.
 inline cudaLaunchAttribute dependent_launch_attribute() {
@@ -21,4 +19,4 @@ inline cudaLaunchAttribute dependent_launch_attribute() {
     return attribute;
 }
 
-}  // namespace flash_mla
+}  // namespace flash_mla::sm90
