@@ -107,7 +107,10 @@ def find_rival() -> str | None:
         return None
     found = f"{RIVAL_DISTRIBUTION} {rival.version} is installed too and has the same import name, flash_mla"
     if Path(str(rival.locate_file("flash_mla"))).resolve() == PACKAGE_DIR:
-        return f"{found}: the files of both are mixed in {PACKAGE_DIR}; uninstall both, then install one of them"
+        return (
+            f"{found}: the files of both are mixed in {PACKAGE_DIR}; uninstall both, then install one of them "
+            "(or, for SGLang, both: docs/serving.md)"
+        )
     return f"{found}: this is the flash_mla in {PACKAGE_DIR}, which comes first in sys.path"
 
 
