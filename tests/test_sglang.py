@@ -10,6 +10,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -310,6 +311,7 @@ def test_first_use_is_logged(hooked, case, caplog):
 
 
 NOT_DENSE = [
+    {"indices": torch.zeros(3, 1, 64, dtype=torch.int32)},
     {"indices": torch.zeros(3, 1, 64, dtype=torch.int32), "is_fp8_kvcache": True},
     {"q": torch.zeros(3, 1, 16, HEAD_DIM, dtype=torch.float8_e4m3fn)},
     {"k_cache": torch.zeros(2, PAGE_SIZE, 1, 656, dtype=torch.uint8)},
@@ -321,6 +323,20 @@ NOT_DENSE = [
 def test_other_decode_is_theirs(rival, hooked, changes):
     arguments = decode_arguments(make_case(batch=3, causal=True))
     assert hooked.flash_mla_with_kvcache(**{**arguments, **changes}) == THEIR_RESULT
+
+
+def test_positions_are_those_of_sglang(sglang):
+    sglang_plugin._complete_import_name()
+    for name, expected in (
+        ("get_mla_metadata", sglang_plugin._PLAN_ARGUMENTS),
+        ("flash_mla_with_kvcache", sglang_plugin._DECODE_ARGUMENTS),
+    ):
+        parameters = inspect.signature(getattr(target(sglang), name)).parameters.values()
+        assert tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD) == expected
+
+
+def test_choice_among_their_kernels_is_no_argument_here(sglang, case):
+    assert_close(*sglang_plugin.decode(None, **decode_arguments(case), use_legacy=True), *reference(case))
 
 
 def test_all_positions_reach_them(sglang, monkeypatch):
