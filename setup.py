@@ -112,7 +112,7 @@ def remove_built_extension() -> None:
 
 
 setup(
-    packages=["flash_mla"],
+    packages=["flash_mla", "flash_mla.integrations"],
     package_data={"flash_mla": ["py.typed"]},
     license="MIT",
     install_requires=[torch_requirement],

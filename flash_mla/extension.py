@@ -63,15 +63,25 @@ def explain_missing_extension(
     return f"the CUDA kernels were built but cannot be loaded ({error})"
 
 
-def unavailable_reason() -> str | None:
-    """Why the CUDA kernels cannot run here, in one sentence; None if they can.
+def missing_kernels_reason() -> str | None:
+    """Why this process could use the CUDA kernels on no GPU at all, in one sentence; None if it could.
 
-    Initializes CUDA if the kernels are there and torch sees a GPU.
+    Looks at what is installed, not for GPUs: CUDA is not initialized.
     """
     if _extension.module is None:
         return _extension.problem
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
+    return None
+
+
+def unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot run here, in one sentence; None if they can.
+
+    Initializes CUDA if the kernels are there and torch sees a GPU.
+    """
+    if (reason := missing_kernels_reason()) is not None:
+        return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     names = []
@@ -97,7 +107,10 @@ def find_rival() -> str | None:
         return None
     found = f"{RIVAL_DISTRIBUTION} {rival.version} is installed too and has the same import name, flash_mla"
     if Path(str(rival.locate_file("flash_mla"))).resolve() == PACKAGE_DIR:
-        return f"{found}: the files of both are mixed in {PACKAGE_DIR}; uninstall both, then install one of them"
+        return (
+            f"{found}: the files of both are mixed in {PACKAGE_DIR}; uninstall both, then install one of them "
+            "(or, for SGLang, both: docs/serving.md)"
+        )
     return f"{found}: this is the flash_mla in {PACKAGE_DIR}, which comes first in sys.path"
 
 

@@ -57,7 +57,8 @@ _SCHEMAS = (
     f"dense_decode_out({_DECODE_ARGUMENTS}, *, Tensor(a!) out) -> Tensor lse",
 )
 
-_library = torch.library.Library("flash_mla", "DEF")
+# Not DEF, of which a process can have one per namespace: sgl-flash-mla, which SGLang may load, defines ops here too.
+_library = torch.library.Library("flash_mla", "FRAGMENT")
 for _schema in _SCHEMAS:
     # The compiler must hand over tensors with the strides they have in eager mode: the checks depend on them.
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

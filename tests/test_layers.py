@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from flash_mla import checks, schedule
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "flash_mla"
+INTEGRATIONS = PACKAGE / "integrations"
 
 CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"})
 TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
@@ -96,8 +98,12 @@ def test_python_module_imports_only_layers_below(path):
 
 def imported_modules(path: Path) -> list[str]:
     """Absolute names of the imported modules; `from flash_mla import ops` counts as flash_mla.ops."""
+    return names_of(ast.walk(ast.parse(path.read_text())))
+
+
+def names_of(nodes: Iterable[ast.AST]) -> list[str]:
     modules = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -108,6 +114,23 @@ def imported_modules(path: Path) -> list[str]:
             else:
                 modules.append(node.module)
     return modules
+
+
+@pytest.mark.parametrize("path", sorted(INTEGRATIONS.glob("*.py")), ids=lambda path: path.name)
+def test_integration_imports_only_its_framework(path):
+    framework = path.stem.partition("_")[0]
+    for module in imported_modules(path):
+        top, _, rest = module.partition(".")
+        if top != "flash_mla":
+            assert top == "torch" or top in sys.stdlib_module_names or top == framework, f"{path.stem} imports {module}"
+        elif not rest.startswith("integrations"):
+            # Where sgl-flash-mla was installed later, flash_mla/__init__.py and flash_mla_interface.py are its own.
+            assert (PACKAGE / f"{rest.partition('.')[0]}.py").is_file() and rest != "flash_mla_interface", module
+    if path.stem != "vllm_backend":  # which vLLM imports
+        at_import = [
+            node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert framework not in {name.partition(".")[0] for name in names_of(at_import)}
 
 
 def test_constants_are_the_same_on_host_and_device():
@@ -165,7 +188,7 @@ def op_names() -> set[str]:
 
 
 def test_schemas_are_defined_once():
-    sources = {path: path.read_text() for path in (*CPP_FILES, *PACKAGE.glob("*.py"))}
+    sources = {path: path.read_text() for path in (*CPP_FILES, *PACKAGE.rglob("*.py"))}
     definition = r"torch\.library\.Library\(|\bcustom_op\(|\bTORCH_LIBRARY(_FRAGMENT)?\(|\b(library|m)\.def\("
     assert [path.name for path, text in sources.items() if re.search(definition, text)] == ["ops.py"]
     for name in op_names():
@@ -190,7 +213,7 @@ def test_nothing_ends_the_process():
     """Errors are raised: whoever serves thousands of requests decides what becomes of the process."""
     in_cpp = r"\b(_?exit|_Exit|quick_exit|abort|terminate|assert|__trap|CUTE_INVALID_CONTROL_PATH)\s*\("
     in_python = r"\b(_?exit|abort)\(|SystemExit"
-    sources = [(path, in_cpp) for path in CPP_FILES] + [(path, in_python) for path in PACKAGE.glob("*.py")]
+    sources = [(path, in_cpp) for path in CPP_FILES] + [(path, in_python) for path in PACKAGE.rglob("*.py")]
     for path, pattern in sources:
         found = re.search(pattern, path.read_text())
         assert found is None, f"{path.relative_to(ROOT)}: {found[0]}"

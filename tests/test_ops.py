@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -167,3 +169,19 @@ def test_fake_cuda_tensors_need_no_kernels(monkeypatch):
         seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
         metadata, num_splits = ops.decode_schedule(seqlens, 16, 1)
         assert metadata.shape == (78, 8) and num_splits.shape == (5,) and metadata.device.type == "cuda"
+
+
+DEFINE_OTHER_OPS = """
+library = torch.library.Library("flash_mla", "DEF")
+library.define("other(Tensor a) -> Tensor")
+"""
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_library_may_define_ops_in_the_namespace(ours_first):
+    """sgl-flash-mla does, in C++, where a second definition of a namespace ends the import."""
+    imports = ["import flash_mla\n", DEFINE_OTHER_OPS]
+    program = "import torch\n" + "".join(imports if ours_first else reversed(imports))
+    program += "assert torch.ops.flash_mla.other and torch.ops.flash_mla.dense_decode\n"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -103,18 +103,21 @@ def test_unavailable_on_other_gpus(monkeypatch):
 def test_unavailable_without_a_gpu(monkeypatch):
     fake_gpus(monkeypatch)
     assert flash_mla.unavailable_reason() == "torch sees no CUDA GPU"
+    assert extension.missing_kernels_reason() is None
 
 
 def test_unavailable_with_a_torch_without_cuda(monkeypatch):
     fake_gpus(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert flash_mla.unavailable_reason() == f"torch {torch.__version__} was built without CUDA"
+    reason = f"torch {torch.__version__} was built without CUDA"
+    assert flash_mla.unavailable_reason() == extension.missing_kernels_reason() == reason
 
 
 def test_unavailable_without_the_extension(monkeypatch):
     fake_gpus(monkeypatch, (9, 0))
     monkeypatch.setattr(extension, "_extension", extension.Extension(None, "not built"))
-    assert not flash_mla.is_available() and flash_mla.unavailable_reason() == "not built"
+    assert not flash_mla.is_available()
+    assert flash_mla.unavailable_reason() == extension.missing_kernels_reason() == "not built"
     # What CUDA tensors get then.
     with pytest.raises(RuntimeError, match="flash_mla has no kernels for CUDA tensors: not built"):
         ops._no_kernels()

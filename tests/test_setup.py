@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,8 @@ def test_wheel_without_kernels(source_copy, environment, tmp_path):
     (wheel,) = (source_copy / "wheels").glob("flash_mla-*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"flash_mla/__init__.py", "flash_mla/py.typed", "flash_mla/_build_info.json"} <= set(names)
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flash_mla").rglob("*.py")}
+    assert modules <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cu", ".cpp"))]
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"flash_mla"}
 
@@ -277,6 +280,11 @@ def test_wheel_without_kernels(source_copy, environment, tmp_path):
         assert Path(file).is_relative_to(site_packages)
         assert available == "False"
         assert "FLASH_MLA_CUDA=0" in explanation
+    (distribution,) = metadata.distributions(name="flash_mla", path=[str(site_packages)])
+    assert {(point.group, point.value) for point in distribution.entry_points} == {
+        ("vllm.general_plugins", "flash_mla.integrations.vllm:register"),
+        ("sglang.srt.plugins", "flash_mla.integrations.sglang:register"),
+    }
 
     # Uninstalled, it leaves nothing behind, what was compiled at import included.
     process = run_pip("--python", str(environment), "uninstall", "--yes", "flash_mla", cwd=tmp_path)
