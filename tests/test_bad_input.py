@@ -60,7 +60,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BAD_TENSORS = [
-    ("q", "float32", TypeError, lambda q: q.float()),
+    ("q", "float64", TypeError, lambda q: q.double()),
     ("q", "dim", ValueError, lambda q: q[0]),
     ("q", "head-dim", ValueError, lambda q: q[..., :512]),
     ("q", "no-tokens", ValueError, lambda q: q[:, :0]),
@@ -95,6 +95,26 @@ BAD_TENSORS = [
     ("num_splits", "dim", ValueError, lambda t: t[:, None]),
     ("num_splits", "batch", ValueError, lambda t: t[:-1]),
 ]
+
+
+def refuse_float32(case: Case) -> None:
+    for call in (call_api, call_op):
+        arguments = arguments_of(case)
+        with pytest.raises(TypeError, match=r"^q must have dtype torch.bfloat16 or torch.float16, got .*[Ff]loat"):
+            call(arguments)
+
+
+@pytest.mark.gpu
+def test_the_kernels_take_no_float32():
+    refuse_float32(example("cuda", dtype=torch.float32))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
+def test_the_kernels_take_no_float32_without_data(monkeypatch):
+    """What the CPU takes is refused while tracing for a GPU."""
+    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
+    with torch._subclasses.FakeTensorMode():
+        refuse_float32(example("cuda", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("call", [call_api, call_op], ids=["api", "op"])
