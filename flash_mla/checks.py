@@ -18,7 +18,7 @@ from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid
 HEAD_DIM = 576  # 512 latent + 64 RoPE
 HEAD_DIM_V = 512  # the latent part, read again as V
 DTYPES = (torch.bfloat16, torch.float16)
-CACHE_DTYPES = (*DTYPES, torch.float32)  # float32 as a reference
+CACHE_DTYPES = (*DTYPES, torch.float32)  # float32 as a reference, which the kernels do not take
 SLOT_DTYPES = (torch.int32, torch.int64)
 ANY_SIZE = -1
 
@@ -66,8 +66,7 @@ def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_
 def check_dense_decode(arguments: DecodeArguments) -> None:
     """Raise TypeError or ValueError unless flash_mla::dense_decode can take these arguments."""
     q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, _ = arguments
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must have dtype torch.bfloat16 or torch.float16, got {q.dtype}")
+    _check_q_dtype(q)
     tables = {
         "block_table": block_table,
         "cache_seqlens": cache_seqlens,
@@ -222,6 +221,12 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     check_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+
+
+def _check_q_dtype(q: Tensor) -> None:
+    """What the kernels take; the CPU implementation also takes float32, as a reference."""
+    if q.dtype not in (DTYPES if q.device.type == "cuda" else CACHE_DTYPES):
+        raise TypeError(f"q must have dtype torch.bfloat16 or torch.float16, got {q.dtype}")
 
 
 def _check_cache(cache: Tensor) -> None:

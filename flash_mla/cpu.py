@@ -1,4 +1,4 @@
-"""CPU implementations of the ops in plain torch operations, for all that the kernels support.
+"""CPU implementations of the ops in plain torch operations, for all that the kernels support, and for float32.
 
 Results are computed in float32. Only tokens of the request itself are read from the cache: the rest may hold NaN.
 """

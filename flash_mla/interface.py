@@ -136,8 +136,8 @@ def flash_mla_with_kvcache(
     """Attention of the last seqlen_q tokens of every request over its tokens in a paged latent cache.
 
     Args:
-        q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16. Contiguous in the last dimension, other strides
-            any multiples of 8 elements.
+        q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16, on the CPU also float32. Contiguous in the last
+            dimension, other strides any multiples of 8 elements.
         k_cache: (num_blocks, 64, num_heads_kv, 576), dtype and strides as q: pages of 64 tokens. The first 512 values
             of a token serve as its V.
         block_table: (batch_size, max_blocks) int32, the pages of each request; never read past the tokens it has.

@@ -9,9 +9,9 @@ decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv) -> (tile_sche
 dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal)
     -> (out, lse)
     Attention of the last seqlen_q tokens of every request over its tokens in a paged latent cache.
-    q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16; k_cache: (num_blocks, 64, num_heads_kv, 576) of the
-        same dtype. Both contiguous in the last dimension, other strides any multiples of 8 elements, addresses
-        multiples of 16 bytes.
+    q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16, on the CPU also float32; k_cache: (num_blocks, 64,
+        num_heads_kv, 576) of the same dtype. Both contiguous in the last dimension, other strides any multiples of 8
+        elements, addresses multiples of 16 bytes.
     block_table: (batch_size, max_blocks) int32, rows contiguous and any distance apart; never read past
         ceil(cache_seqlens[i] / 64) entries of row i.
     cache_seqlens: (batch_size,) int32, contiguous; 0 and less stand for a request without tokens.

@@ -186,7 +186,6 @@ OWN_PLACES = "must have a place of its own for every element, got strides"
 PLAN = "must be what get_mla_metadata or get_mla_decoding_metadata returned, got"
 
 REJECTIONS = [
-    tensor("q", "float32", TypeError, f"{DTYPES_OF_Q} torch.float32", Tensor.float),
     tensor("q", "float64", TypeError, f"{DTYPES_OF_Q} torch.float64", Tensor.double),
     tensor("q", "int32", TypeError, f"{DTYPES_OF_Q} torch.int32", Tensor.int),
     tensor("q", "complex64", TypeError, f"{DTYPES_OF_Q} torch.complex64", lambda q: q.to(torch.complex64)),

@@ -125,6 +125,26 @@ def memory_in_use(device: str) -> tuple[int, int, int]:
     return resident_pages, sys.getallocatedblocks(), device_bytes
 
 
+def refuse_float32(case: Case) -> None:
+    for call in (call_api, call_op):
+        arguments = arguments_of(case)
+        with pytest.raises(TypeError, match=r"^q must have dtype torch.bfloat16 or torch.float16, got .*[Ff]loat"):
+            call(arguments)
+
+
+@pytest.mark.gpu
+def test_the_kernels_take_no_float32():
+    refuse_float32(example("cuda", dtype=torch.float32))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
+def test_the_kernels_take_no_float32_without_data(monkeypatch):
+    """What the CPU takes is refused while tracing for a GPU."""
+    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
+    with torch._subclasses.FakeTensorMode():
+        refuse_float32(example("cuda", dtype=torch.float32))
+
+
 @pytest.mark.parametrize("plan", ["tensors", "schedule"])
 @pytest.mark.parametrize("name", ["q", "k_cache", "block_table", "cache_seqlens"])
 def test_not_a_tensor(device, name, plan):

@@ -9,7 +9,7 @@ import torch
 from cases import HEAD_DIM_V, INVALID_PAGES, Case, make_case
 from reference import assert_close, reference
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 MIXED = [0, 1, 63, 64, 65, 140, 0]
 
@@ -53,6 +53,20 @@ def test_grid(seqlen_q, num_heads_q, num_heads_kv, causal, dtype):
 def test_more_tokens_than_one_step_holds(dtype):
     for causal, seqlens in itertools.product((False, True), ([4096, 4097, 9000], [20_000, 0, 64])):
         check(make_case(batch=3, seqlen_q=2, seqlens=seqlens, dtype=dtype, causal=causal))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("num_heads_q", "num_heads_kv"), [(1, 1), (9, 3), (16, 1)])
+def test_float32_has_no_rounding_but_that_of_sums(num_heads_q, num_heads_kv, causal):
+    shape = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "seqlen_q": 2, "causal": causal}
+    for strided in (False, True):
+        seqlens = [*MIXED, 4200]  # the last has more tokens than one step holds
+        strides = {"strided_q": strided, "strided_cache": strided}
+        case = make_case(batch=len(seqlens), seqlens=seqlens, dtype=FP32, **shape, **strides)
+        out, lse = check(case)
+        expected_out, expected_lse = reference(case)
+        torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("strides", ["strided_q", "strided_cache"])

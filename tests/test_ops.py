@@ -37,6 +37,10 @@ def test_opcheck_dense_decode(device, dtype, options):
     torch.library.opcheck(ops.dense_decode_out.default, case.op_arguments(), {"out": out})
 
 
+def test_opcheck_dense_decode_in_float32():
+    torch.library.opcheck(ops.dense_decode.default, example("cpu", torch.float32).op_arguments())
+
+
 @pytest.mark.parametrize(("seqlen_q", "num_heads_q", "num_heads_kv"), [(1, 16, 1), (2, 128, 1), (3, 6, 3)])
 def test_fake_results_have_the_shapes_of_real_ones(device, seqlen_q, num_heads_q, num_heads_kv):
     case = example(device, seqlen_q=seqlen_q, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv)
