@@ -9,35 +9,41 @@
 // tiles of a request come in pairs, two CTAs form a cluster, and each copies half of the latent columns to both.
 //
 // Warpgroups (registers)
-//   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. Its first warp looks
+//   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps
+//   looks
 //                      up pages, announces the pieces to the others and loads the first blocks
-//   output low (160)   O for columns 0–255; copies RoPE columns to where P was
-//   output high (160)  O for columns 256–511; copies the next latent columns to where V was
+//   output low (160)   O for columns 0–255; copies that half of the next latent columns to where V was, and the next
+//                      RoPE columns
+//   output high (160)  the same for columns 256–511, but for RoPE
 //
 // clang-format off
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
-//   rope_or_p 2 × 8192   K's RoPE columns until S of the block is done, then P (64 × 64) until O of the block is done
-//   q            16384   the last two chunks of Q; free for the next piece after the last S of its piece
-//   the rest      1300   rescale factors and flags per slot, 1 / row sum, page orders, pieces, barriers
+//   rope          8192   K's RoPE columns, until they are multiplied
+//   p         2 × 8192   P (64 × 64), from the softmax of its block until O of the block is done
+//   q            10240   Q's RoPE columns and its last latent k-step; free for the next piece after the last S of a piece
+//   the rest      1016   rescale factors and flags, 1 / row sum, page orders, pieces, barriers: 8 more would not fit
 //
 // Barriers (mbarriers)   arrivals                           waited for by
 //   latent_full[stage]   who starts the copies + 65536 B    scores
-//   rope_full[slot]      who starts the copies + 8192 B     scores
-//   p_ready[slot]        4 warps of scores                  output: P, rescale factors and the next page are there
-//   p_consumed[slot]     8 warps of output                  output low, before it copies RoPE columns there
-//   consumed[stage]      8 warps of output, of every CTA    output high, before it copies latent columns there
-//   stats_full           4 warps of scores                  output
-//   stats_empty          8 warps of output                  scores
+//   rope_full            who starts the copy + 8192 B       scores
+//   p_ready[slot]        the quads of scores                output: P, rescale factors and the next page are there, and
+//                                                           the RoPE columns are multiplied
+//   p_consumed[slot]     the quads of output                scores, before they store P or rescale factors
+//   consumed[stage][h]   4 warps of the output half h, of   who copies that half
+//                        every CTA
+//   stats_full           the quads of scores                output
+//   stats_empty          the quads of output                scores
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
-// The scores warpgroup has a hardware barrier of its own, before P overwrites RoPE columns and around the query rows;
-// an output warpgroup has one for clearing keys. All that ordinary stores put where wgmma or a copy comes next passes
-// a proxy fence before its barrier.
+// The scores warpgroup has a hardware barrier of its own, before RoPE columns are copied and around the query rows; an
+// output warpgroup has one for clearing keys. All that ordinary stores put where wgmma or a copy comes next passes a
+// proxy fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each
+// quad, which itself arrives at the barrier that orders it.
 //
-// One block, where the tensor cores are the limit: S of block i+1 is issued; when its latent part is through, P of
-// block i is released, so that O of block i runs under the softmax of block i+1. Where memory is the limit P is
-// released at once.
+// One block, where the tensor cores are the limit: S of block i+1 is issued; once all of it is, the tensor cores have
+// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1. Where
+// memory is the limit P is released at once.
 //
 // Numerics: scores in float32, softmax in the log2 domain with a lazily raised maximum (online_softmax.h), P in the
 // input type, O in float32. A row that sees no key gives 0 and +inf. Keys behind the last one are cleared from V.

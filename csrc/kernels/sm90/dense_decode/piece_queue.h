@@ -6,8 +6,8 @@
 
 namespace flash_mla::sm90 {
 
-// Nobody waits for room: pages are looked up 3 blocks before the scores, which are at most 2 blocks before the slower
-// output warpgroup, so with at least one block per piece and one for the end no more than 7 pieces are in use.
+// Nobody waits for room: pages are looked up 3 blocks before the scores, which are at most 3 blocks before the slower
+// output warpgroup, so with at least one block per piece, the end among them, no more than 7 pieces are in use.
 struct PieceQueue {
     static constexpr uint32_t kCapacity = 8;
 
