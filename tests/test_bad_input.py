@@ -134,7 +134,7 @@ def refuse_float32(case: Case) -> None:
 
 @pytest.mark.gpu
 def test_the_kernels_take_no_float32():
-    refuse_float32(example("cuda", dtype=torch.float32))
+    refuse_float32(other_example("cuda", dtype=torch.float32))
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
@@ -142,7 +142,7 @@ def test_the_kernels_take_no_float32_without_data(monkeypatch):
     """What the CPU takes is refused while tracing for a GPU."""
     monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
     with torch._subclasses.FakeTensorMode():
-        refuse_float32(example("cuda", dtype=torch.float32))
+        refuse_float32(other_example("cuda", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("plan", ["tensors", "schedule"])

@@ -34,7 +34,7 @@ def test_cases_take_every_way(num_sms):
     ],
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):
-    assert re.search(rf"constexpr int {name} = (\d+);", (KERNELS / file).read_text())[1] == str(expected)
+    assert re.search(rf"constexpr u?int(?:32_t)? {name} = (\d+);", (KERNELS / file).read_text())[1] == str(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
