@@ -70,20 +70,26 @@ def _linked_files(page: File) -> set[str]:
 
 
 def result_files() -> list[Path]:
-    """The results of decodes, the newest first."""
-    started = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        record = json.loads(path.read_text())
-        if isinstance(record, dict) and record.get("results") and "peers" in record["results"][0]:
-            started[path] = record["started"]
-    return sorted(started, key=lambda path: started[path], reverse=True)
+    """The newest first."""
+    return sorted(
+        RESULTS.glob("*.json"), key=lambda path: (read_record(path).get("started", ""), path.name), reverse=True
+    )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What was measured, empty where the file holds something other than timings of decodes."""
+    record = json.loads(path.read_text())
+    is_decode = isinstance(record, dict) and all(
+        isinstance(each, dict) and {"shape", "peers"} <= set(each) for each in record.get("results") or [None]
+    )
+    return record if is_decode else {}
 
 
 @functools.cache
 def draw_plots(path: Path) -> dict[str, bytes]:
     """The plots that there is data for, by their file names."""
-    record = json.loads(path.read_text())
-    if not report.peers_in(report.read_rows(record)):
+    record = read_record(path)
+    if not record or not report.peers_in(report.read_rows(record)):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         written = plot.draw_all(record, Path(folder), "svg", lambda line: None)
@@ -92,9 +98,12 @@ def draw_plots(path: Path) -> dict[str, bytes]:
 
 def describe_results(path: Path) -> str:
     """A section in Markdown: plots, means, the table, and what could not be measured."""
-    record: dict[str, Any] = json.loads(path.read_text())
+    record = read_record(path)
     name = path.relative_to(ROOT).as_posix()
-    parts = [f"### {path.stem}", report.caption(record), f"Data: [`{name}`]({name})"]
+    parts = [f"### {path.stem}", f"Data: [`{name}`]({name})"]
+    if not record:
+        return "\n\n".join(parts)
+    parts.append(report.caption(record))
     parts += [f"![{_PLOT_TITLES.get(Path(each).stem, each)}](plots/{path.stem}/{each})" for each in draw_plots(path)]
     parts += [*report.summary_lines(record), report.ceiling_line(record)]
     parts.append(report.as_markdown(report.result_table(record)))
