@@ -50,9 +50,9 @@ bench: build
 	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements-benchmark.txt
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+# Not --quiet, which would also hide from --strict what it warns of.
 docs: $(REQUIREMENTS)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
-	@echo "Built site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 sanitize: build
 	@$(BIN)/python -m build_tools.sanitize $(SANITIZE_ARGS)
