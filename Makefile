@@ -2,6 +2,7 @@
 #
 #   make demo      decode a batch of requests and check the result
 #   make test      lint, then all tests (those that need a GPU are skipped where there is none)
+#   make docs      build the documentation as a site, in site/
 #   make sanitize  run the kernels under compute-sanitizer, on a GPU
 #
 # PYTHON          interpreter that the environment is made from (python3)
@@ -22,7 +23,7 @@ BUILT := $(VENV)/built-$(FLASH_MLA_CUDA)
 BUILD_SOURCES := setup.py pyproject.toml flash_mla/_version.py $(wildcard build_tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' \) 2>/dev/null)
 
-.PHONY: demo test build lint format bench sanitize clean distclean
+.PHONY: demo test build lint format bench docs sanitize clean distclean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -49,6 +50,10 @@ bench: build
 	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements-benchmark.txt
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+# Not --quiet, which would also hide from --strict what it warns of.
+docs: $(REQUIREMENTS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 sanitize: build
 	@$(BIN)/python -m build_tools.sanitize $(SANITIZE_ARGS)
 
@@ -62,7 +67,7 @@ $(BIN)/python:
 
 $(REQUIREMENTS): pyproject.toml build_tools/requirements.py build_tools/toolchain.py | $(BIN)/python
 	@echo "Installing torch, the build requirements and the tools into $(VENV) (about 3 GB to download the first time)"
-	@$(BIN)/python -m build_tools.requirements --extra test --extra lint > $@
+	@$(BIN)/python -m build_tools.requirements --extra test --extra lint --extra docs > $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --requirement $@
 
 # The kernels are compiled in place, one object per source file, and recompiled only where a file they include has changed.
@@ -74,7 +79,7 @@ $(BUILT): $(REQUIREMENTS) $(BUILD_SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f flash_mla/_C.*.so flash_mla/_build_info.json $(VENV)/built-*
 
 distclean: clean

@@ -148,9 +148,9 @@ def flash_mla_with_kvcache(
             `get_mla_decoding_metadata`.
         softmax_scale: factor of the scores; 576 ** -0.5 by default.
         causal: whether query i sees the tokens j <= cache_seqlens - seqlen_q + i only.
-        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length,
-            enable_batch_invariant, descale_q, descale_k, kv_format: of attention that this package does not have;
-            NotImplementedError for anything but None and False.
+        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length:
+            of attention that this package does not have; NotImplementedError for anything but None and False.
+        enable_batch_invariant, descale_q, descale_k, kv_format: the same.
         out: where to write the result, instead of a new tensor; strides as those of q. No other argument may have
             elements between its first and its last.
 

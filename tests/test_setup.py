@@ -182,7 +182,7 @@ def test_versions_are_pinned_where_they_decide_what_is_built(monkeypatch):
         name, version = re.fullmatch(r"([\w-]+)([^;]*)(?:;.*)?", each).groups()
         pattern = r">=[\d.]+,<[\d.]+" if name in tools else r"==\d+(\.\d+)+"
         assert re.fullmatch(pattern, version), each
-    for extra in ("test", "lint", "benchmark"):
+    for extra in ("test", "lint", "benchmark", "docs"):
         for each in set(requirements.requirements([extra])) - set(requirements.requirements([])):
             assert re.match(r"[\w-]+(==\d+(\.\d+)+|>=[\d.]+,<[\d.]+)(;|$)", each), each
 

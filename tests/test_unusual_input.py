@@ -1,8 +1,9 @@
-"""What is unusual and allowed: aliases, tensors without elements, gradients, inference and deterministic mode."""
+"""What is unusual and allowed: aliases, no elements, gradients, threads, inference and deterministic mode."""
 
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -199,3 +200,25 @@ def test_autocast_changes_nothing(case):
     expected = decode(case)
     with torch.autocast(case.q.device.type, dtype=torch.float16 if case.q.is_cuda else BF16):
         assert_same(decode(case), expected)
+
+
+def test_several_threads(device):
+    """Each with a stream and schedules of its own; they get the bits of calls one after the other."""
+    cases = [make_case(batch=3, seqlens=[300, 0, 70 + number], seed=number, device=device) for number in range(4)]
+    expected = [decode(case) for case in cases]
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+    def decode_often(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if device == "cpu":
+            return [decode(case) for _ in range(5)]
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = [decode(case) for _ in range(50)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for results, right in zip(pool.map(decode_often, cases), expected, strict=True):
+            for result in results:
+                assert_same(result, right)
