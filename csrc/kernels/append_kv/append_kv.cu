@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kMaxThreads) append_kv_kernel(__grid_constant_
     if (token >= params.num_tokens) return;
 
     Unit const value = *reinterpret_cast<Unit const*>(source + token * source_token_stride);
-    // Without this the compiler waits for the slot before it loads the value. So both are on their way at the same
-    // time.
+    // Nothing has to be waited for: it only keeps the compiler from loading the value behind the test of the slot, so
+    // that both are on their way at the same time.
     __syncwarp(__activemask());
     int64_t const slot = slot_of(params, token);
     if (slot < 0 || slot >= params.num_slots) return;
