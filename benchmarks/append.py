@@ -2,7 +2,7 @@
 
 A token is read and written, so a call moves twice its bytes. They are compared with what a plain copy of 1 GiB and the
 best of the read kernels reach in the same run. Tokens and slots differ from call to call and together exceed the L2
-cache, but where that takes more calls than a graph has: below some hundred tokens, which in a model come from there too.
+cache, but where that takes more calls than a graph has: below some hundred tokens, which a model too would find there.
 """
 
 from __future__ import annotations
