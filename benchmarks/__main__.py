@@ -1,13 +1,13 @@
-"""`python -m benchmarks [decode|plot|report] ...`; decode if no command is named."""
+"""`python -m benchmarks [decode|append|plot|report] ...`; decode if no command is named."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from benchmarks import decode, plot, report
+from benchmarks import append, decode, plot, report
 
-COMMANDS = {"decode": decode.main, "plot": plot.main, "report": report.main}
+COMMANDS = {"decode": decode.main, "append": append.main, "plot": plot.main, "report": report.main}
 
 
 def main(arguments: Sequence[str]) -> int:

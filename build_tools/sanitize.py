@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 # A regular expression for the names of the kernels of this package; tests hold it to the sources.
-OWN_KERNELS = "dense_decode|split_kv_combine|decode_schedule"
+OWN_KERNELS = "dense_decode|split_kv_combine|decode_schedule|append_kv"
 # More than any CTA of them has.
 NUM_CUDA_BARRIERS = 64
 

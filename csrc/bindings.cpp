@@ -34,6 +34,7 @@ TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
     library.impl("decode_schedule", &flash_mla::decode_schedule);
     library.impl("dense_decode", &flash_mla::dense_decode);
     library.impl("dense_decode_out", &flash_mla::dense_decode_out);
+    library.impl("append_kv", &flash_mla::append_kv);
 }
 
 PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "What the extension was built for, and with."); }

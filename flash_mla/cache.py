@@ -1,7 +1,8 @@
 """Tools for a paged latent cache: write new tokens into pages, gather them back, and count what fits into memory.
 
-Plain torch operations for CPU and CUDA tensors. Nothing synchronizes and no shape depends on values, so that they can
-be captured in CUDA graphs and compiled as a whole. Values on the device are checked where value_checks.py says.
+Writing is an op of its own (ops.py), on a GPU one kernel; gathering is plain torch operations. Nothing synchronizes and
+no shape depends on values, so that both can be captured in CUDA graphs and compiled as a whole. Values on the device
+are checked where value_checks.py says.
 
 A slot is the place of a token in the cache: page * 64 + offset in the page.
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_mla import value_checks
-from flash_mla.checks import HEAD_DIM, check_append, check_count, check_gather
+from flash_mla import ops, value_checks
+from flash_mla.checks import HEAD_DIM, check_append, check_count, check_gather, check_tensor
 from flash_mla.schedule import PAGE_SIZE
 
 
@@ -21,38 +22,28 @@ def append_mla_kv(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tenso
     """Write the latents of new tokens into their pages, in place.
 
     Args:
-        kv_c: (num_tokens, 512) bfloat16, float16 or float32, the latent part.
-        k_pe: (num_tokens, 64) or (num_tokens, 1, 64), dtype as kv_c, the RoPE part.
-        cache: (num_blocks, 64, 1, 576), dtype as kv_c, any strides.
+        kv_c: (num_tokens, 512) bfloat16, float16 or float32, the latent part, any strides.
+        k_pe: (num_tokens, 64) or (num_tokens, 1, 64), dtype as kv_c, the RoPE part, any strides.
+        cache: (num_blocks, 64, 1, 576), dtype as kv_c, any strides. What kv_c and k_pe hold must not lie in the slots
+            that are written: they are read at the same time.
         slot_mapping: (num_tokens,) int32 or int64, the slot of each token; negative for tokens that are not written, as
             those that pad a batch. Two tokens must not have the same slot.
 
-    If all of at least one token are negative, the first slot of the cache is written with what it holds: something has
-    to be, where the number of writes is part of a captured graph. Else only the given slots are.
+    Only the given slots are written. A GPU copies 16 bytes at a time where the last dimensions are contiguous and
+    all addresses and other strides are multiples of that, else single elements, which takes longer.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device. Always on the CPU, on the GPU
-            with FLASH_MLA_CHECK=1 in the environment, also: a slot lies behind the end of the cache.
+            with FLASH_MLA_CHECK=1 in the environment, also: a slot lies behind the end of the cache. Unchecked, its
+            token is not written.
+        RuntimeError: the GPU is not an sm_90 one, or the kernels were not built.
     """
-    check_append(kv_c, k_pe, cache, slot_mapping)
-    num_tokens, num_blocks = kv_c.shape[0], cache.shape[0]
-    if value_checks.are_wanted_for(cache):
-        value_checks.check_slots(slot_mapping, num_blocks * PAGE_SIZE)
-    if num_tokens == 0 or num_blocks == 0:
-        return
-    # One token more, which stands in where there is none to write.
-    tokens = torch.cat([torch.cat([kv_c, k_pe.flatten(1)], dim=1), cache[0, 0]])
-    slots = torch.cat([slot_mapping.long(), slot_mapping.new_zeros(1, dtype=torch.int64)])
-
-    # Instead of a token without a slot the first one that has a slot is written once more: every slot that is written
-    # more than once gets the same bits each time, so their order does not matter.
-    index = torch.arange(num_tokens, device=cache.device)
-    has_slot = slot_mapping >= 0
-    first = torch.where(has_slot, index, num_tokens).amin()
-    source = torch.where(has_slot, index, first)
-    target = slots[source]
-    # Written into the cache itself: through a view, compiled code would copy all of it.
-    cache.index_put_((target // PAGE_SIZE, target % PAGE_SIZE), tokens[source][:, None])
+    for name, value in {"kv_c": kv_c, "k_pe": k_pe, "cache": cache, "slot_mapping": slot_mapping}.items():
+        check_tensor(name, value)
+    if cache.is_cuda and value_checks.are_wanted_for(cache):
+        check_append(kv_c, k_pe, cache, slot_mapping)
+        value_checks.check_slots(slot_mapping, cache.shape[0] * PAGE_SIZE)
+    ops.append_kv(kv_c, k_pe, cache, slot_mapping)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from flash_mla.checks import (
     HEAD_DIM_V,
     DecodeArguments,
     check_addresses,
+    check_append,
     check_decode_schedule,
     check_dense_decode,
     check_out,
@@ -22,7 +23,7 @@ from flash_mla.checks import (
     check_plan,
 )
 from flash_mla.schedule import CPU_NUM_SMS, PAGE_SIZE
-from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles
+from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles, check_slots
 
 _PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
 
@@ -46,6 +47,16 @@ def dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
     check_out(out, given.q)
     check_out_memory(out, given)
     return _decode_into(out, given)
+
+
+@torch.no_grad()
+def append_kv(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    check_append(kv_c, k_pe, cache, slot_mapping)
+    check_slots(slot_mapping, cache.shape[0] * PAGE_SIZE)
+    is_written = slot_mapping >= 0
+    slots = slot_mapping[is_written].long()
+    tokens = torch.cat([kv_c[is_written], k_pe[is_written].flatten(1)], dim=1)
+    cache[slots // PAGE_SIZE, slots % PAGE_SIZE, 0] = tokens
 
 
 @torch.no_grad()  # as the kernels: a gradient from here would be missing on a GPU

@@ -26,6 +26,12 @@ dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, nu
 dense_decode_out(..., *, out) -> lse
     The same into a given tensor, strides as those of q. No other argument has elements between its first and its last.
 
+append_kv(kv_c, k_pe, cache, slot_mapping) -> ()
+    Writes tokens into their pages, all strides as they may be; see cache.py.
+    kv_c: (num_tokens, 512) bfloat16, float16 or float32; k_pe: (num_tokens, 64) or (num_tokens, 1, 64); cache:
+        (num_blocks, 64, 1, 576) of the same dtype, changed in place.
+    slot_mapping: (num_tokens,) int32 or int64, page * 64 + offset in the page; negative: not written.
+
 Wrong dtypes raise TypeError, wrong shapes, strides, devices and values ValueError, GPUs other than sm_90 RuntimeError.
 """
 
@@ -40,6 +46,7 @@ from flash_mla import cpu, extension, schedule
 from flash_mla.checks import (
     HEAD_DIM_V,
     DecodeArguments,
+    check_append,
     check_decode_schedule,
     check_dense_decode,
     check_out,
@@ -55,6 +62,7 @@ _SCHEMAS = (
     " -> (Tensor tile_scheduler_metadata, Tensor num_splits)",
     f"dense_decode({_DECODE_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     f"dense_decode_out({_DECODE_ARGUMENTS}, *, Tensor(a!) out) -> Tensor lse",
+    "append_kv(Tensor kv_c, Tensor k_pe, Tensor(a!) cache, Tensor slot_mapping) -> ()",
 )
 
 # Not DEF, of which a process can have one per namespace: sgl-flash-mla, which SGLang may load, defines ops here too.
@@ -93,6 +101,10 @@ def _fake_lse(given: DecodeArguments) -> Tensor:
     return given.q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
 
 
+def _fake_append_kv(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    check_append(kv_c, k_pe, cache, slot_mapping)
+
+
 def _no_kernels(*args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError(f"flash_mla has no kernels for CUDA tensors: {extension.unavailable_reason()}")
 
@@ -100,15 +112,18 @@ def _no_kernels(*args: object, **kwargs: object) -> NoReturn:
 _library.impl("decode_schedule", cpu.decode_schedule, "CPU")
 _library.impl("dense_decode", cpu.dense_decode, "CPU")
 _library.impl("dense_decode_out", cpu.dense_decode_out, "CPU")
+_library.impl("append_kv", cpu.append_kv, "CPU")
 torch.library.register_fake("flash_mla::decode_schedule", _fake_decode_schedule, lib=_library)
 torch.library.register_fake("flash_mla::dense_decode", _fake_dense_decode, lib=_library)
 torch.library.register_fake("flash_mla::dense_decode_out", _fake_dense_decode_out, lib=_library)
+torch.library.register_fake("flash_mla::append_kv", _fake_append_kv, lib=_library)
 
 if extension.load_extension().module is None:
-    for _name in ("decode_schedule", "dense_decode", "dense_decode_out"):
+    for _name in ("decode_schedule", "dense_decode", "dense_decode_out", "append_kv"):
         _library.impl(_name, _no_kernels, "CUDA")
 
 # The overloads themselves: calling these skips the search for an overload in every call.
 decode_schedule = torch.ops.flash_mla.decode_schedule.default
 dense_decode = torch.ops.flash_mla.dense_decode.default
 dense_decode_out = torch.ops.flash_mla.dense_decode_out.default
+append_kv = torch.ops.flash_mla.append_kv.default

@@ -1,4 +1,4 @@
-"""Small decodes that take every way through the kernels, for compute-sanitizer: `make sanitize` runs them.
+"""Small decodes and appends that take every way through the kernels, for compute-sanitizer: `make sanitize` runs them.
 
     python tests/sanitized_cases.py --device cuda
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import HEAD_DIM_V, PAGE_SIZE, Case, make_case
+from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 from plans import plan_for_few_workers
 from reference import assert_close, reference
 from torch import Tensor
@@ -220,6 +220,39 @@ def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
     assert_close(on_cpu[..., 32 : 32 + HEAD_DIM_V] if case.strided_out else on_cpu, lse.cpu(), *expected)
 
 
+@dataclass(frozen=True)
+class AppendCase:
+    name: str
+    dtype: torch.dtype
+    slot_dtype: torch.dtype
+    gap: int  # elements between entries of the cache, and in front of the first one
+
+
+APPEND_CASES = [
+    AppendCase("16 bytes at a time", torch.bfloat16, torch.int64, gap=0),
+    AppendCase("16 bytes at a time, gaps", torch.float16, torch.int32, gap=8),
+    AppendCase("16 bytes of float32 at a time", torch.float32, torch.int64, gap=0),
+    AppendCase("2 bytes at a time", torch.bfloat16, torch.int32, gap=1),
+    AppendCase("4 bytes at a time", torch.float32, torch.int64, gap=1),
+]
+
+
+def run_append(case: AppendCase, device: str) -> None:
+    """Append on the device; raise AssertionError unless the cache, gaps included, holds what it should."""
+    slots = [2 * PAGE_SIZE - 1, -1, 0, 77, -5, PAGE_SIZE]
+    generator = torch.Generator().manual_seed(1)
+    kv_c, k_pe = (torch.randn(len(slots), dim, generator=generator).to(case.dtype) for dim in (HEAD_DIM_V, 64))
+    memory = torch.zeros(2, PAGE_SIZE, 1, case.gap + HEAD_DIM, dtype=case.dtype)
+    expected = memory.clone()
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            expected[slot // PAGE_SIZE, slot % PAGE_SIZE, 0, case.gap :] = torch.cat([kv_c[token], k_pe[token]])
+    memory = memory.to(device)
+    slot_mapping = torch.tensor(slots, dtype=case.slot_dtype).to(device)
+    torch.ops.flash_mla.append_kv(kv_c.to(device), k_pe.to(device), memory[..., case.gap :], slot_mapping)
+    assert torch.equal(memory.cpu(), expected)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the cases only")
@@ -228,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype in (torch.bfloat16, torch.float16):
             run(case, dtype, options.device)
             print(f"{case.name}, {str(dtype).removeprefix('torch.')}: ok", flush=True)
+    for append_case in APPEND_CASES:
+        run_append(append_case, options.device)
+        print(f"append, {append_case.name}: ok", flush=True)
     return 0
 
 

@@ -58,7 +58,7 @@ def dense_decode(instructions) -> dict[str, Counter[str]]:
 
 
 def test_all_kernels_are_there(instructions):
-    for kernel in ("decode_schedule_kernel", "split_kv_combine_kernel", "dense_decode_kernel"):
+    for kernel in ("decode_schedule_kernel", "split_kv_combine_kernel", "dense_decode_kernel", "append_kv_kernel"):
         assert any(kernel in name for name in instructions), kernel
     assert all(counts["EXIT"] for counts in instructions.values())
 

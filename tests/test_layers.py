@@ -30,9 +30,9 @@ PYTHON_LAYERS = (
     {"_version", "extension", "schedule"},
     {"checks"},
     {"merge", "value_checks"},
-    {"cache", "cpu"},
+    {"cpu"},
     {"ops"},
-    {"plan"},
+    {"cache", "plan"},
     {"interface"},
     {"__init__", "__main__", "flash_mla_interface"},
 )

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import HEAD_DIM_V, Case, make_case
+from cases import HEAD_DIM, HEAD_DIM_V, Case, make_case
 from reference import assert_close, reference
 
 import flash_mla
@@ -35,6 +35,18 @@ def test_opcheck_dense_decode(device, dtype, options):
     torch.library.opcheck(ops.dense_decode.default, case.op_arguments())
     out = torch.zeros(*case.q.shape[:3], HEAD_DIM_V, dtype=dtype, device=device)
     torch.library.opcheck(ops.dense_decode_out.default, case.op_arguments(), {"out": out})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_opcheck_append_kv(device, slot_dtype, dtype):
+    tokens = torch.randn(3, HEAD_DIM, dtype=dtype, device=device)
+    slots = torch.tensor([70, -1, 2], dtype=slot_dtype, device=device)
+    for cache in (
+        torch.zeros(2, 64, 1, HEAD_DIM, dtype=dtype, device=device),
+        torch.zeros(2, 3, 64, 1, HEAD_DIM, dtype=dtype, device=device)[:, 1],
+    ):
+        torch.library.opcheck(ops.append_kv.default, (tokens[:, :HEAD_DIM_V], tokens[:, HEAD_DIM_V:], cache, slots))
 
 
 def test_opcheck_dense_decode_in_float32():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sanitized_cases
 import torch
-from sanitized_cases import CASES, ROUTES, routes_of
+from sanitized_cases import APPEND_CASES, CASES, ROUTES, routes_of
 
 from build_tools import sanitize
 
@@ -42,6 +42,11 @@ def test_sizes_are_those_of_the_kernel(name, file, expected):
 def test_case(device, case, dtype):
     """As they are run there, but unwatched."""
     sanitized_cases.run(case, dtype, device)
+
+
+@pytest.mark.parametrize("case", APPEND_CASES, ids=lambda case: case.name.replace(" ", "-").replace(",", ""))
+def test_append_case(device, case):
+    sanitized_cases.run_append(case, device)
 
 
 def test_filter_has_the_names_of_all_kernels():

@@ -16,8 +16,9 @@ namespace flash_mla {
 
 using at::Tensor;
 
-inline void check_on_device(char const* name, Tensor const& tensor, at::Device const& device) {
-    TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", where q is, got ", tensor.device());
+inline void check_on_device(char const* name, Tensor const& tensor, at::Device const& device, char const* owner = "q") {
+    TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", where ", owner, " is, got ",
+                      tensor.device());
 }
 
 // As Python calls it.

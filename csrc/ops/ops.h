@@ -19,4 +19,6 @@ at::Tensor dense_decode_out(at::Tensor const& q, at::Tensor const& k_cache, at::
                             at::Tensor const& cache_seqlens, at::Tensor const& tile_scheduler_metadata,
                             at::Tensor const& num_splits, double softmax_scale, bool causal, at::Tensor& out);
 
+void append_kv(at::Tensor const& kv_c, at::Tensor const& k_pe, at::Tensor& cache, at::Tensor const& slot_mapping);
+
 }  // namespace flash_mla

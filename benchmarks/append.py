@@ -1,0 +1,77 @@
+"""Time writing new tokens into a paged cache: `python -m benchmarks.append`.
+
+A token is read and written, so a call moves twice its bytes. They are compared with what a plain copy of 1 GiB and the
+best of the read kernels reach in the same run. Tokens and slots differ from call to call and together exceed the L2
+cache, but where that takes more calls than a graph has: below some hundred tokens, which a model too would find there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import flash_mla
+from benchmarks.ceilings import READ_BYTES, best_read
+from benchmarks.machine import GpuMonitor, describe_gpu
+from benchmarks.model import num_cache_copies
+from benchmarks.timer import GraphTimer, TimerSettings
+
+HEAD_DIM, HEAD_DIM_V, PAGE_SIZE = 576, 512, 64
+NUM_TOKENS = [1 << exponent for exponent in range(14)]
+COPY_BYTES = 1 << 30
+
+
+def copy_gbytes_per_s(timer: GraphTimer) -> float:
+    """Bytes read and bytes written."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / timer.measure(lambda _: target.copy_(source), sustained=False).short_us / 1e3
+
+
+def append_us(timer: GraphTimer, num_tokens: int, l2_bytes: int) -> float:
+    token_bytes = flash_mla.bytes_per_token(1)
+    copies = min(num_cache_copies(2 * num_tokens * token_bytes, l2_bytes), timer.settings.max_calls)
+    num_blocks = -(-copies * num_tokens // PAGE_SIZE)
+    tokens = torch.randn(copies, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = torch.empty(num_blocks, PAGE_SIZE, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    slots = torch.randperm(num_blocks * PAGE_SIZE, device="cuda")[: copies * num_tokens].view(copies, num_tokens)
+    kv_c, k_pe = (part.contiguous() for part in tokens.split([HEAD_DIM_V, HEAD_DIM - HEAD_DIM_V], dim=2))
+
+    def append(copy: int) -> None:
+        flash_mla.append_mla_kv(kv_c[copy], k_pe[copy], cache, slots[copy])
+
+    timing = timer.measure(append, copies, sustained=False)
+    for copy in range(copies):
+        append(copy)
+    written = cache.view(-1, HEAD_DIM)[slots]
+    if not torch.equal(written, tokens):
+        raise RuntimeError(f"the cache does not hold the {num_tokens} tokens that were written")
+    return timing.short_us
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=NUM_TOKENS, help="per call")
+    options = parser.parse_args(arguments)
+    if (reason := flash_mla.unavailable_reason()) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    monitor = GpuMonitor()
+    gpu = describe_gpu(monitor)
+    timer = GraphTimer(TimerSettings(), monitor)
+    read_method, read = best_read(timer)
+    copied = copy_gbytes_per_s(timer)
+    print(f"{gpu['name']}: read {READ_BYTES / read.short_us / 1e3:.0f} GB/s ({read_method}), copy {copied:.0f} GB/s")
+    print("tokens      µs    GB/s  of the copy")
+    for num_tokens in options.tokens:
+        us = append_us(timer, num_tokens, gpu["l2_bytes"])
+        rate = 2 * num_tokens * flash_mla.bytes_per_token(1) / us / 1e3
+        print(f"{num_tokens:6d} {us:7.2f} {rate:7.0f} {rate / copied:12.0%}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
