@@ -15,6 +15,8 @@ constexpr int64_t kRopeDim = kHeadDim - kHeadDimV;
 constexpr int64_t kVectorBytes = 16;
 
 void check_arguments(Tensor const& kv_c, Tensor const& k_pe, Tensor const& cache, Tensor const& slot_mapping) {
+    check_tensor("cache", cache);
+    check_tensor("slot_mapping", slot_mapping);
     at::ScalarType const type = cache.scalar_type(), slot_type = slot_mapping.scalar_type();
     TORCH_CHECK_TYPE(type == at::kBFloat16 || type == at::kHalf || type == at::kFloat,
                      "cache must have dtype torch.bfloat16, torch.float16 or torch.float32, got ", dtype_name(type));

@@ -21,10 +21,16 @@ inline void check_on_device(char const* name, Tensor const& tensor, at::Device c
                       tensor.device());
 }
 
+// What torch hands to an op as tensor may be None.
+inline void check_tensor(char const* name, Tensor const& tensor) {
+    TORCH_CHECK_TYPE(tensor.defined(), name, " must be a torch.Tensor, got NoneType");
+}
+
 // As Python calls it.
 inline std::string dtype_name(at::ScalarType type) { return "torch." + c10::getDtypeNames(type).first; }
 
 inline void check_dtype(char const* name, Tensor const& tensor, at::ScalarType expected) {
+    check_tensor(name, tensor);
     TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, " must have dtype ", dtype_name(expected), ", got ",
                      dtype_name(tensor.scalar_type()));
 }

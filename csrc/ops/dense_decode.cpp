@@ -25,6 +25,7 @@ struct Arguments {
 };
 
 void check_arguments(Arguments const& a) {
+    check_tensor("q", a.q);
     TORCH_CHECK_TYPE(a.q.scalar_type() == at::kBFloat16 || a.q.scalar_type() == at::kHalf,
                      "q must have dtype torch.bfloat16 or torch.float16, got ", dtype_name(a.q.scalar_type()));
     check_dtype("k_cache", a.k_cache, a.q.scalar_type());
