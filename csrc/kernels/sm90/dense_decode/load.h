@@ -20,11 +20,14 @@ __device__ Element const* q_row(DenseDecodeParams const& params, Piece const& pi
            (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
 }
 
+// Line by line: the instruction that fetches a whole row takes one lane after the other.
 template <typename Element>
 __device__ void prefetch_q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(q_row<Element>(params, piece, row_in_tile)),
-                 "n"(kHeadDim * sizeof(Element))
-                 : "memory");
+    constexpr int kLineBytes = 128, kRowBytes = kHeadDim * sizeof(Element);
+    auto const* const row = reinterpret_cast<char const*>(q_row<Element>(params, piece, row_in_tile));
+#pragma unroll 1
+    for (int offset = 0; offset < kRowBytes; offset += kLineBytes)
+        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row + offset) : "memory");
 }
 
 // Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns to the same place in
@@ -45,7 +48,7 @@ struct BlockLoader {
         if (is_loading_warp) {
             if (is_loading_thread) shared.loads.begin(params);
 #pragma unroll 1
-            for (uint32_t block = 0; block < Traits::kNumStages; ++block) look_up({block});
+            for (uint32_t block = 0; block < Traits::kNumStages; ++block) look_up({block}, block > 0);
             cute::cp_async_wait<0>();
             if (is_loading_thread) {
                 load_rope({0});
@@ -61,14 +64,15 @@ struct BlockLoader {
         __syncwarp();
     }
 
-    // By the same warp. The query rows of the piece that begins with the block are fetched into the L2.
-    __device__ void look_up(BlockPosition<Traits> const& block) const {
+    // By the same warp. The query rows of the piece that begins with the block are fetched into the L2, unless they are
+    // loaded right away.
+    __device__ void look_up(BlockPosition<Traits> const& block, bool fetches_q = true) const {
         int const lane = thread_in_warpgroup_now() % 32;
         bool enters_piece = false;
         if (lane == 0)
             enters_piece = shared.loads.look_up(params, shared.pieces,
                                                 [&]() -> LoadOrder& { return shared.order[block.order()]; });
-        if (!__any_sync(~0u, enters_piece)) return;
+        if (!__any_sync(~0u, enters_piece && fetches_q)) return;
         // The vote alone does not order what lane 0 wrote, nor what it writes next.
         __syncwarp();
         for (int row = thread_in_warpgroup_now() % 32; row < kBlockM; row += 32)
