@@ -342,7 +342,7 @@ class TestDecode:
         assert "needs a CUDA GPU" in capsys.readouterr().err
 
     def test_commands(self):
-        assert set(COMMANDS) == {"decode", "plot", "report"}
+        assert set(COMMANDS) == {"append", "decode", "plot", "report"}
 
     def test_missing_libraries_say_why(self, monkeypatch, tmp_path):
         monkeypatch.setenv("FLASH_MLA_PEERS", str(tmp_path))
