@@ -133,9 +133,10 @@ def check_out_memory(out: Tensor, arguments: DecodeArguments) -> None:
 
 
 def check_addresses(arguments: DecodeArguments) -> None:
-    """Raise ValueError unless what the kernels copy 16 bytes at a time begins at a multiple of them."""
+    """Raise ValueError unless what the kernels read 16 bytes at a time begins at a multiple of them."""
     _check_address("q", arguments.q)
     _check_address("k_cache", arguments.k_cache)
+    _check_address("tile_scheduler_metadata", arguments.tile_scheduler_metadata)
 
 
 def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

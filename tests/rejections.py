@@ -287,6 +287,7 @@ REJECTIONS = [
         WITH_PLAN_ON_A_DEVICE,
     ),
     tensor("tile_scheduler_metadata", "strided", ValueError, f"{CONTIGUOUS} [16, 2]", with_strided_rows, WITH_PLAN),
+    tensor("tile_scheduler_metadata", "misaligned", ValueError, ALIGNMENT, misaligned, WITH_PLAN),
     tensor("tile_scheduler_metadata", "elsewhere", ValueError, DEVICE, elsewhere, WITH_PLAN),
     tensor("num_splits", "int64", TypeError, "must have dtype torch.int32, got torch.int64", Tensor.long, WITH_PLAN),
     tensor("num_splits", "2-dims", ValueError, f"{SPLITS_SHAPE} [4, 1]", lambda n: n[:, None], WITH_PLAN_ON_A_DEVICE),

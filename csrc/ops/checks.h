@@ -53,6 +53,12 @@ inline void check_contiguous(char const* name, Tensor const& tensor) {
     TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
 }
 
+// Of what is read or copied 16 bytes at a time.
+inline void check_address(char const* name, Tensor const& tensor) {
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
+                      " must be aligned to 16 bytes, got an address that is not");
+}
+
 // Rows of 16-bit elements that are copied 16 bytes at a time: contiguous in the last dimension, aligned in all others.
 inline void check_rows(char const* name, Tensor const& tensor) {
     constexpr int64_t kAlignment = 8;
@@ -63,8 +69,7 @@ inline void check_rows(char const* name, Tensor const& tensor) {
         TORCH_CHECK_VALUE(tensor.size(dim) <= 1 || tensor.stride(dim) % kAlignment == 0, name,
                           " must have strides that are multiples of 8 elements, got strides ", tensor.strides());
     }
-    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
-                      " must be aligned to 16 bytes, got an address that is not");
+    check_address(name, tensor);
 }
 
 // Of a tensor that is written to: no two elements in one place. Takes dimensions that interleave for overlapping ones.

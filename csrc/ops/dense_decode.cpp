@@ -60,6 +60,7 @@ void check_arguments(Arguments const& a) {
                       "block_table must be contiguous in its last dimension, got strides ", a.block_table.strides());
     check_contiguous("cache_seqlens", a.cache_seqlens);
     check_contiguous("tile_scheduler_metadata", a.tile_scheduler_metadata);
+    check_address("tile_scheduler_metadata", a.tile_scheduler_metadata);
 }
 
 void check_plan(Arguments const& a, WorkerGrid const& grid) {

@@ -8,15 +8,14 @@
 // through the pieces of its worker's stretch of the plan (pieces.h): persistent, one CTA per SM, 384 threads. Where
 // tiles of a request come in pairs, two CTAs form a cluster, and each copies half of the latent columns to both.
 //
+// clang-format off
 // Warpgroups (registers)
-//   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps
-//   looks
+//   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps looks
 //                      up pages, announces the pieces to the others and loads the first blocks
-//   output low (160)   O for columns 0–255; copies that half of the next latent columns to where V was, and the next
-//                      RoPE columns
+//   output low (160)   O for columns 0–255; copies that half of the next latent columns to where V was and, where the
+//                      tensor cores are the limit, the next RoPE columns
 //   output high (160)  the same for columns 256–511, but for RoPE
 //
-// clang-format off
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
 //   rope          8192   K's RoPE columns, until they are multiplied
