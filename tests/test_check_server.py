@@ -5,32 +5,24 @@ The frameworks are modules of the same name whose engines answer from a table.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "check_server.py"
 TOKENS = ["a", "b", "c"]
 LOGPROBS = [-0.1, -0.2, -0.3]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_server", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("check_server")
 
 
 def top_of(tokens: list[str], logprobs: list[float], others: dict[str, float]) -> list[dict[str, float]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,17 +11,12 @@ import torch
 
 import flash_mla
 
-DEMO = Path(__file__).resolve().parents[1] / "examples" / "decode_demo.py"
 SMALL = ["--batch", "3", "--tokens", "70", "--layers", "2", "--steps", "3", "--heads", "4"]
 
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("decode_demo", DEMO)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("decode_demo")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -11,14 +11,9 @@ using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;  // also co
 // A value that is the same in all lanes, in a uniform register: that is where a reduction leaves it.
 __device__ inline uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
-// One arrival for a whole warp, after everything its lanes did.
-__device__ inline void warp_arrive(Barrier const& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
-}
-
-// Eight arrivals for a whole warp: by the first lane of each quad, which is the one that stores and loads what there is
-// to say about the quad's rows of a fragment. So each such access is ordered by the thread that made it.
+// Eight arrivals for a whole warp, after everything its lanes did: by the first lane of each quad, which is the one
+// that stores and loads what there is to say about the quad's rows of a fragment. So each such access is ordered by the
+// thread that made it.
 inline constexpr int kQuadsPerWarp = 8;
 __device__ inline void quads_arrive(Barrier const& barrier) {
     __syncwarp();
