@@ -51,7 +51,7 @@ class DecodeArguments(NamedTuple):
 
 def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> None:
     """Raise TypeError or ValueError unless flash_mla::decode_schedule can take these arguments."""
-    _check_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    check_dtype("cache_seqlens", cache_seqlens, torch.int32)
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [ANY_SIZE])
     _check_contiguous("cache_seqlens", cache_seqlens)
     if cache_seqlens.shape[0] > _MAX_SCHEDULE_BATCH:
@@ -73,9 +73,9 @@ def check_dense_decode(arguments: DecodeArguments) -> None:
         "tile_scheduler_metadata": tile_scheduler_metadata,
         "num_splits": num_splits,
     }
-    _check_dtype("k_cache", k_cache, q.dtype)
+    check_dtype("k_cache", k_cache, q.dtype)
     for name, table in tables.items():
-        _check_dtype(name, table, torch.int32)
+        check_dtype(name, table, torch.int32)
 
     check_q_shape(q)
     check_k_cache_shape(k_cache)
@@ -114,7 +114,7 @@ def check_plan(arguments: DecodeArguments, grid: WorkerGrid) -> None:
 
 def check_out(out: Tensor, q: Tensor) -> None:
     """Raise TypeError or ValueError unless the result for q fits into out."""
-    _check_dtype("out", out, q.dtype)
+    check_dtype("out", out, q.dtype)
     check_shape("out", out, "(batch_size, seqlen_q, num_heads_q, head_dim_v)", [*q.shape[:3], HEAD_DIM_V])
     check_on_device("out", out, q.device)
     _check_rows("out", out)
@@ -142,8 +142,8 @@ def check_addresses(arguments: DecodeArguments) -> None:
 def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Raise TypeError or ValueError unless append_mla_kv can take these arguments."""
     _check_cache(cache)
-    _check_dtype("kv_c", kv_c, cache.dtype)
-    _check_dtype("k_pe", k_pe, cache.dtype)
+    check_dtype("kv_c", kv_c, cache.dtype)
+    check_dtype("k_pe", k_pe, cache.dtype)
     check_tensor("slot_mapping", slot_mapping)
     if slot_mapping.dtype not in SLOT_DTYPES:
         raise TypeError(f"slot_mapping must have dtype torch.int32 or torch.int64, got {slot_mapping.dtype}")
@@ -161,8 +161,8 @@ def check_append(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor
 def check_gather(cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, max_seqlen: int) -> None:
     """Raise TypeError or ValueError unless gather_mla_kv can take these arguments."""
     _check_cache(cache)
-    _check_dtype("block_table", block_table, torch.int32)
-    _check_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    check_dtype("block_table", block_table, torch.int32)
+    check_dtype("cache_seqlens", cache_seqlens, torch.int32)
     check_shape("block_table", block_table, "(batch_size, max_blocks_per_request)", [ANY_SIZE, ANY_SIZE])
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [block_table.shape[0]])
     for name, tensor in {"block_table": block_table, "cache_seqlens": cache_seqlens}.items():
@@ -212,16 +212,17 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError unless the value is a tensor of this dtype."""
+    check_tensor(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+
+
 def check_on_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
     """Raise ValueError unless the tensor is on the device of the owner."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, where {owner} is, got {tensor.device}")
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    check_tensor(name, tensor)
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
 
 
 def _check_q_dtype(q: Tensor) -> None:

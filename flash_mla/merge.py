@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flash_mla.checks import ANY_SIZE, check_shape, check_tensor
+from flash_mla.checks import ANY_SIZE, check_dtype, check_on_device, check_shape, check_tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OUT_SHAPE = "(batch_size, seqlen_q, num_heads_q, head_dim_v)"
@@ -102,8 +102,6 @@ def _check_shards(outs: list[Tensor], lses: list[Tensor]) -> None:
     ):
         for index, shard in enumerate(shards):
             name = f"{argument}[{index}]"
-            if shard.dtype != dtype:
-                raise TypeError(f"{name} must have dtype {dtype}, got {shard.dtype}")
+            check_dtype(name, shard, dtype)
             check_shape(name, shard, meaning, sizes)
-            if shard.device != first.device:
-                raise ValueError(f"{name} must be on {first.device}, where outs[0] is, got {shard.device}")
+            check_on_device(name, shard, first.device, "outs[0]")

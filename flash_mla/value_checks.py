@@ -17,8 +17,8 @@ from flash_mla.checks import DecodeArguments
 from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, num_sms_of, worker_grid
 
 
-def is_switched_on(environ: Mapping[str, str] = os.environ) -> bool:
-    return environ.get("FLASH_MLA_CHECK", "").strip() not in ("", "0")
+def is_switched_on(environ: Mapping[str, str] = os.environ, variable: str = "FLASH_MLA_CHECK") -> bool:
+    return environ.get(variable, "").strip() not in ("", "0")
 
 
 ENABLED = is_switched_on()

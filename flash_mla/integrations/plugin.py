@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 
+from flash_mla import value_checks
 from flash_mla._version import __version__
 
 DISABLING_VARIABLE = "FLASH_MLA_DISABLE_PLUGINS"
@@ -17,7 +18,7 @@ class Refusal(Exception):
 
 
 def is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
-    return environ.get(DISABLING_VARIABLE, "").strip() not in ("", "0")
+    return value_checks.is_switched_on(environ, DISABLING_VARIABLE)
 
 
 def run(framework: str, log: logging.Logger, register: Callable[[], str]) -> None:
