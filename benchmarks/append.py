@@ -17,9 +17,9 @@ import flash_mla
 from benchmarks.ceilings import READ_BYTES, best_read
 from benchmarks.machine import GpuMonitor, describe_gpu
 from benchmarks.model import num_cache_copies
+from benchmarks.shapes import HEAD_DIM_K, HEAD_DIM_V, PAGE_SIZE
 from benchmarks.timer import GraphTimer, TimerSettings
 
-HEAD_DIM, HEAD_DIM_V, PAGE_SIZE = 576, 512, 64
 NUM_TOKENS = [1 << exponent for exponent in range(14)]
 COPY_BYTES = 1 << 30
 
@@ -35,10 +35,10 @@ def append_us(timer: GraphTimer, num_tokens: int, l2_bytes: int) -> float:
     token_bytes = flash_mla.bytes_per_token(1)
     copies = min(num_cache_copies(2 * num_tokens * token_bytes, l2_bytes), timer.settings.max_calls)
     num_blocks = -(-copies * num_tokens // PAGE_SIZE)
-    tokens = torch.randn(copies, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    cache = torch.empty(num_blocks, PAGE_SIZE, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    tokens = torch.randn(copies, num_tokens, HEAD_DIM_K, dtype=torch.bfloat16, device="cuda")
+    cache = torch.empty(num_blocks, PAGE_SIZE, 1, HEAD_DIM_K, dtype=torch.bfloat16, device="cuda")
     slots = torch.randperm(num_blocks * PAGE_SIZE, device="cuda")[: copies * num_tokens].view(copies, num_tokens)
-    kv_c, k_pe = (part.contiguous() for part in tokens.split([HEAD_DIM_V, HEAD_DIM - HEAD_DIM_V], dim=2))
+    kv_c, k_pe = (part.contiguous() for part in tokens.split([HEAD_DIM_V, HEAD_DIM_K - HEAD_DIM_V], dim=2))
 
     def append(copy: int) -> None:
         flash_mla.append_mla_kv(kv_c[copy], k_pe[copy], cache, slots[copy])
@@ -46,7 +46,7 @@ def append_us(timer: GraphTimer, num_tokens: int, l2_bytes: int) -> float:
     timing = timer.measure(append, copies, sustained=False)
     for copy in range(copies):
         append(copy)
-    written = cache.view(-1, HEAD_DIM)[slots]
+    written = cache.view(-1, HEAD_DIM_K)[slots]
     if not torch.equal(written, tokens):
         raise RuntimeError(f"the cache does not hold the {num_tokens} tokens that were written")
     return timing.short_us
