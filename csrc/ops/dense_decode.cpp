@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/sm90/swapped_decode/swapped_decode.h"
 #include "kernels/split_kv_combine/split_kv_combine.h"
 #include "ops/checks.h"
 #include "ops/device.h"
@@ -63,10 +64,10 @@ void check_arguments(Arguments const& a) {
     check_address("tile_scheduler_metadata", a.tile_scheduler_metadata);
 }
 
-void check_plan(Arguments const& a, WorkerGrid const& grid) {
+void check_plan(Arguments const& a, int num_plan_rows) {
     check_shape(
         "tile_scheduler_metadata", a.tile_scheduler_metadata,
-        "(num_workers, 8), as planned for these head counts and seqlen_q, = ", {grid.num_workers, kWorkerRowInts});
+        "(num_plan_rows, 8), as planned for these head counts and seqlen_q, = ", {num_plan_rows, kWorkerRowInts});
     check_shape("num_splits", a.num_splits, "(batch_size + 1,) = ", {a.q.size(0) + 1});
 }
 
@@ -105,9 +106,10 @@ Tensor run(Arguments const& a, Tensor const& out) {
     Tensor const lse = at::empty({a.q.size(0), a.q.size(2), a.q.size(1)}, a.q.options().dtype(at::kFloat));
     if (a.q.size(0) == 0) return lse;
 
-    WorkerGrid const grid = worker_grid(int(a.q.size(1) * a.q.size(2) / a.k_cache.size(2)), int(a.k_cache.size(2)),
-                                        num_sms_of(a.q.device()));
-    check_plan(a, grid);
+    int const num_rows_per_head_kv = int(a.q.size(1) * a.q.size(2) / a.k_cache.size(2));
+    int const num_heads_kv = int(a.k_cache.size(2)), num_sms = num_sms_of(a.q.device());
+    check_plan(a, num_plan_rows(num_rows_per_head_kv, num_heads_kv, num_sms));
+    WorkerGrid const grid = worker_grid(int(a.q.size(0)), num_rows_per_head_kv, num_heads_kv, num_sms);
     DenseDecodeParams params = make_params(a, grid);
     params.out = out.mutable_data_ptr();
     params.out_batch_stride = stride_of(out, 0);
@@ -115,18 +117,17 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.out_head_stride = stride_of(out, 2);
     params.lse = lse.mutable_data_ptr<float>();
 
-    int64_t const partial_rows = int64_t(num_partial_slots(grid.num_workers)) * grid.num_lanes * kBlockM;
+    int64_t const partial_rows = int64_t(num_partial_slots(grid.num_workers)) * grid.num_lanes * grid.rows_per_tile;
     Tensor const partial = at::empty({partial_rows * (kHeadDimV + 1)}, lse.options());
     params.out_partial = partial.mutable_data_ptr<float>();
     params.lse_partial = params.out_partial + partial_rows * kHeadDimV;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;
-    auto const launch_decode = is_bfloat16 ? sm90::launch_dense_decode<ElementType::kBFloat16>
-                                           : sm90::launch_dense_decode<ElementType::kFloat16>;
-    C10_CUDA_CHECK(launch_decode(params, stream));
-    C10_CUDA_CHECK(
-        launch_split_kv_combine(params, is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, stream));
+    ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+    C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
+                                     : sm90::launch_dense_decode(params, type, stream));
+    C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
     return lse;
 }
 

@@ -7,12 +7,12 @@ namespace flash_mla {
 
 struct DecodeScheduleParams {
     int const* cache_seqlens;  // (batch_size,)
-    int* metadata;             // (num_workers, 8): WorkerRow
+    int* metadata;             // (num_plan_rows, 8): WorkerRow
     int* num_splits;           // (batch_size + 1,): running count of pieces
 
     int batch_size;
-    int num_workers;
-    int tiles_per_request;
+    int num_plan_rows;  // the last ones without work, where the grid has fewer workers
+    WorkerGrid grid;
 };
 
 }  // namespace flash_mla

@@ -7,10 +7,10 @@
 namespace flash_mla {
 
 struct TilePlace {
-    int head_kv, m_tile;  // m_tile >= grid.m_tiles: this lane has nothing to do
+    int head_kv, first_row;  // of the request and kv head; beyond the last one: this lane has nothing to do
 };
-constexpr TilePlace tile_place(WorkerGrid const& grid, int tile, int lane) {
-    return {tile / grid.lane_groups, tile % grid.lane_groups * grid.num_lanes + lane};
+constexpr TilePlace tile_place(WorkerGrid const& grid, int tile, int lane, int rows_per_tile) {
+    return {tile / grid.lane_groups, (tile % grid.lane_groups * grid.num_lanes + lane) * rows_per_tile};
 }
 
 struct QueryRow {
@@ -18,7 +18,7 @@ struct QueryRow {
     bool exists;
 };
 constexpr QueryRow query_row(DenseDecodeParams const& params, TilePlace const& place, int row_in_tile) {
-    int const row = place.m_tile * kBlockM + row_in_tile;
+    int const row = place.first_row + row_in_tile;
     int const token = row / params.heads_per_group;
     int const head_q = place.head_kv * params.heads_per_group + row - token * params.heads_per_group;
     return {token, head_q, row < params.rows_per_head_kv};
@@ -31,8 +31,8 @@ constexpr int64_t out_offset(DenseDecodeParams const& params, int batch, QueryRo
 constexpr int64_t lse_offset(DenseDecodeParams const& params, int batch, QueryRow const& at) {
     return (int64_t(batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token;
 }
-constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int row_in_tile) {
-    return int64_t(slot * grid.num_lanes + lane) * kBlockM + row_in_tile;
+constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int row_in_tile, int rows_per_tile) {
+    return int64_t(slot * grid.num_lanes + lane) * rows_per_tile + row_in_tile;
 }
 
 }  // namespace flash_mla

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 namespace flash_mla {
 
@@ -15,35 +16,59 @@ inline constexpr int kMaxLanes = 8;    // CTAs that share one stretch of KV bloc
 inline constexpr int kHeadDim = 576;   // 512 latent + 64 RoPE
 inline constexpr int kHeadDimV = 512;  // the latent part, read again as V
 
-// The cost model, in blocks: what starting a piece costs, and the least that is worth a split.
-inline constexpr int kSplitOverheadBlocks = 5;
-inline constexpr int kMinBlocksPerSplit = 2;
-
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct WorkerGrid {
     int num_lanes;
-    int num_workers;
+    int num_workers;  // that get work; a plan may have more rows
     int tiles_per_request;
-    int m_tiles;      // 64-row tiles of one kv head's query rows
-    int lane_groups;  // ceil(m_tiles / num_lanes)
+    int lane_groups;    // ceil(tiles of one kv head's query rows / num_lanes)
+    int rows_per_tile;  // query rows per CTA: kBlockM for the dense decode kernel, fewer for the swapped one
+    int split_ctas;     // CTAs of a lane that share out the KV blocks of a stretch, a cluster
+    int split_overhead_blocks, min_blocks_per_split;  // the cost model: what starting a piece costs, and the least that
+                                                      // is worth a split
+
+    constexpr bool is_swapped() const { return rows_per_tile < kBlockM; }
 };
 
 // Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling SMs.
-constexpr WorkerGrid worker_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
-    int const m_tiles = ceil_div(num_rows_per_head_kv, kBlockM);
+constexpr WorkerGrid group_lanes(int num_rows_per_head_kv, int num_heads_kv, int num_sms, int rows_per_tile,
+                                 int split_ctas, int split_overhead_blocks, int min_blocks_per_split) {
+    int const m_tiles = ceil_div(num_rows_per_head_kv, rows_per_tile);
     int best = 1;
     if (m_tiles > 1) {
         long best_workers = 0, best_groups = 1;
-        for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes <= num_sms; ++lanes) {
-            long const workers = num_sms / lanes, groups = ceil_div(m_tiles, lanes);
+        for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes * split_ctas <= num_sms; ++lanes) {
+            long const workers = num_sms / (lanes * split_ctas), groups = ceil_div(m_tiles, lanes);
             if (workers * best_groups >= best_workers * groups) {
                 best = lanes, best_workers = workers, best_groups = groups;
             }
         }
     }
     int const groups = ceil_div(m_tiles, best);
-    return {best, num_sms / best, num_heads_kv * groups, m_tiles, groups};
+    return {best,       num_sms / (best * split_ctas), num_heads_kv * groups, groups, rows_per_tile,
+            split_ctas, split_overhead_blocks,         min_blocks_per_split};
+}
+
+// Rows of a plan: as many workers as there are at most.
+constexpr int num_plan_rows(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
+    return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, kBlockM, 1, 5, 2).num_workers;
+}
+
+inline WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
+    auto env = [](char const* name, int value) {
+        char const* s = getenv(name);
+        return s ? atoi(s) : value;
+    };
+    int const requests = batch_size * num_heads_kv;
+    int rows = num_rows_per_head_kv <= 16 ? 16 : num_rows_per_head_kv <= 32 || requests <= 4 ? 32 : 64;
+    rows = env("X_ROWS", rows);
+    if (rows == 64) return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, kBlockM, 1, 5, 2);
+    int split = 8;
+    while (split > 1 && requests * split > num_sms) split /= 2;
+    split = env("X_SPLIT", split);
+    return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, rows, split, env("X_OVER", 1) * split,
+                       env("X_MIN", 1) * split);
 }
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.

@@ -1,8 +1,8 @@
 // The tile scheduler: lengths -> one stretch of work per worker.
 //
-//   cost(tile)  = num_blocks + kSplitOverheadBlocks          a request has tiles_per_request tiles of equal cost
+//   cost(tile)  = num_blocks + split_overhead_blocks         a request has tiles_per_request tiles of equal cost
 //   start(i)    = sum of the costs of the requests before i
-//   quota       = max(ceil(total / num_workers), kSplitOverheadBlocks + kMinBlocksPerSplit)
+//   quota       = max(ceil(total / num_workers), split_overhead_blocks + min_blocks_per_split)
 //   boundary(w) = the place on the line at cost min(w * quota, total); inside a tile's overhead it moves to the
 //                 tile's begin, so no worker exceeds quota + kSplitOverheadBlocks
 //
@@ -69,8 +69,8 @@ __device__ int find_request(int64_t const* start, int batch_size, int64_t x) {
 __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeScheduleParams const params) {
     extern __shared__ int64_t start[];  // [batch_size + 1]
     int64_t* const warp_totals = start + params.batch_size + 1;
-    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);         // [num_workers + 1]
-    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.num_workers + 1);  // [num_workers + 1]
+    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);              // [num_workers + 1]
+    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.grid.num_workers + 1);  // [num_workers + 1]
 
     int64_t carry = 0;
     if (threadIdx.x == 0) start[0] = 0;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
         int64_t cost = 0;
         if (i < params.batch_size) {
             int64_t const blocks = num_blocks_of(params.cache_seqlens[i]);
-            cost = (blocks + kSplitOverheadBlocks) * params.tiles_per_request;
+            cost = (blocks + params.grid.split_overhead_blocks) * params.grid.tiles_per_request;
         }
         int64_t const end = carry + scan_inclusive(cost, warp_totals);
         if (i < params.batch_size) start[i + 1] = end;
@@ -88,20 +88,22 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     }
 
     int64_t const total = carry;
-    int64_t const fair_share = (total + params.num_workers - 1) / params.num_workers;
-    int64_t const quota = max(fair_share, int64_t(kSplitOverheadBlocks + kMinBlocksPerSplit));
+    int64_t const fair_share = (total + params.grid.num_workers - 1) / params.grid.num_workers;
+    int64_t const quota =
+        max(fair_share, int64_t(params.grid.split_overhead_blocks + params.grid.min_blocks_per_split));
 
-    int64_t const num_tiles = int64_t(params.batch_size) * params.tiles_per_request;
-    auto first_whole_tile = [&](int w) { return w * num_tiles / params.num_workers; };
+    int64_t const num_tiles = int64_t(params.batch_size) * params.grid.tiles_per_request;
+    auto first_whole_tile = [&](int w) { return w * num_tiles / params.grid.num_workers; };
     auto start_of_tile = [&](int64_t tile) {
-        int64_t const batch = tile / params.tiles_per_request, in_request = tile - batch * params.tiles_per_request;
+        int64_t const batch = tile / params.grid.tiles_per_request,
+                      in_request = tile - batch * params.grid.tiles_per_request;
         if (in_request == 0) return start[batch];
-        return start[batch] + (start[batch + 1] - start[batch]) / params.tiles_per_request * in_request;
+        return start[batch] + (start[batch + 1] - start[batch]) / params.grid.tiles_per_request * in_request;
     };
     bool is_uneven = false;
-    for (int w = threadIdx.x; w < params.num_workers; w += kThreads) {
+    for (int w = threadIdx.x; w < params.grid.num_workers; w += kThreads) {
         int64_t const cost = start_of_tile(first_whole_tile(w + 1)) - start_of_tile(first_whole_tile(w));
-        is_uneven |= cost > quota + kSplitOverheadBlocks;
+        is_uneven |= cost > quota + params.grid.split_overhead_blocks;
     }
     bool const splits = __syncthreads_or(is_uneven);
 
@@ -109,50 +111,51 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     auto find_boundary = [&](int w) -> Boundary {
         if (!splits) {
             int64_t const tile = first_whole_tile(w);
-            int const batch = int(tile / params.tiles_per_request);
-            return {batch, int(tile - int64_t(batch) * params.tiles_per_request), 0};
+            int const batch = int(tile / params.grid.tiles_per_request);
+            return {batch, int(tile - int64_t(batch) * params.grid.tiles_per_request), 0};
         }
         int64_t const x = w * quota;
         if (x >= total) return {params.batch_size, 0, 0};
         int const batch = find_request(start, params.batch_size, x);
-        int64_t const tile_cost = (start[batch + 1] - start[batch]) / params.tiles_per_request;
+        int64_t const tile_cost = (start[batch + 1] - start[batch]) / params.grid.tiles_per_request;
         int64_t const in_request = x - start[batch];
         int const tile = int(in_request / tile_cost);
         int const offset = int(in_request - tile * tile_cost);
-        return {batch, tile, max(offset - kSplitOverheadBlocks, 0)};
+        return {batch, tile, max(offset - params.grid.split_overhead_blocks, 0)};
     };
     int cuts_before = 0;
-    for (int base = 0; base <= params.num_workers; base += kThreads) {
+    for (int base = 0; base <= params.grid.num_workers; base += kThreads) {
         int const w = base + threadIdx.x;
         bool cut = false;
-        if (w <= params.num_workers) {
+        if (w <= params.grid.num_workers) {
             boundaries[w] = find_boundary(w);
             cut = boundaries[w].cuts_a_tile();
         }
         int const count = cuts_before + scan_inclusive(int(cut), reinterpret_cast<int*>(warp_totals));
-        if (w <= params.num_workers) num_cuts[w] = count;
+        if (w <= params.grid.num_workers) num_cuts[w] = count;
         __syncthreads();
-        cuts_before = num_cuts[min(base + kThreads - 1, params.num_workers)];
+        cuts_before = num_cuts[min(base + kThreads - 1, params.grid.num_workers)];
     }
 
     auto* const rows = reinterpret_cast<WorkerRow*>(params.metadata);
-    for (int w = threadIdx.x; w < params.num_workers; w += kThreads) {
-        Boundary const begin = boundaries[w], end = boundaries[w + 1];
+    for (int w = threadIdx.x; w < params.num_plan_rows; w += kThreads) {
+        Boundary const begin = w < params.grid.num_workers ? boundaries[w] : Boundary{params.batch_size, 0, 0};
+        Boundary const end = w < params.grid.num_workers ? boundaries[w + 1] : begin;
         WorkerRow row{begin.batch, begin.tile, begin.block, begin.batch, begin.tile, begin.block, 0, w};
         if (!(begin == end)) {
             if (end.cuts_a_tile()) {
                 row.end_batch = end.batch, row.end_tile = end.tile, row.end_block = end.block;
-                int64_t const tile_cost = (start[end.batch + 1] - start[end.batch]) / params.tiles_per_request;
+                int64_t const tile_cost = (start[end.batch + 1] - start[end.batch]) / params.grid.tiles_per_request;
                 int64_t const tile_end = start[end.batch] + (end.tile + 1) * tile_cost;
                 row.last_worker = int((tile_end + quota - 1) / quota) - 1;
             } else {
                 bool const first_tile = end.tile == 0;
                 row.end_batch = first_tile ? end.batch - 1 : end.batch;
-                row.end_tile = first_tile ? params.tiles_per_request - 1 : end.tile - 1;
+                row.end_tile = first_tile ? params.grid.tiles_per_request - 1 : end.tile - 1;
                 row.end_block = num_blocks_of(params.cache_seqlens[row.end_batch]);
             }
             row.num_pieces =
-                (row.end_batch - row.begin_batch) * params.tiles_per_request + row.end_tile - row.begin_tile + 1;
+                (row.end_batch - row.begin_batch) * params.grid.tiles_per_request + row.end_tile - row.begin_tile + 1;
         }
         rows[w] = row;
     }
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     for (int i = threadIdx.x; i <= params.batch_size; i += kThreads) {
         int64_t const boundaries_before = start[i] > 0 ? (start[i] - 1) / quota : 0;
         params.num_splits[i] =
-            i * params.tiles_per_request + num_cuts[min(boundaries_before, int64_t(params.num_workers))];
+            i * params.grid.tiles_per_request + num_cuts[min(boundaries_before, int64_t(params.grid.num_workers))];
     }
 }
 
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
 
 cudaError_t launch_decode_schedule(DecodeScheduleParams const& params, cudaStream_t stream) {
     size_t const shared_bytes = sizeof(int64_t) * (params.batch_size + 1 + kWarps) +
-                                (sizeof(Boundary) + sizeof(int)) * (params.num_workers + 1);
+                                (sizeof(Boundary) + sizeof(int)) * (params.grid.num_workers + 1);
     if (shared_bytes > 48 * 1024) {
         cudaError_t const status = cudaFuncSetAttribute(decode_schedule_kernel,
                                                         cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/sm90/primitives/dependent_launch.h"
@@ -70,15 +71,17 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
     int const row_in_cta = threadIdx.x / kThreadsPerRow;
     int const row_in_tile = blockIdx.z * kRowsPerCta + row_in_cta;
-    TilePlace const place = tile_place(grid, row.end_tile, lane);
+    TilePlace const place = tile_place(grid, row.end_tile, lane, grid.rows_per_tile);
     QueryRow const at = query_row(params, place, row_in_tile);
-    bool const exists = row_in_tile < kBlockM && at.exists;
+    bool const exists = row_in_tile < grid.rows_per_tile && at.exists;
 
     // The first piece is this worker's last, the others are the first ones of the workers that follow.
     int const num_pieces = row.last_worker - worker + 1;
     int const first_slot = partial_slot(worker, row.num_pieces == 1);
     auto const slot_of = [&](int piece) { return piece == 0 ? first_slot : partial_slot(worker + piece, true); };
-    auto const row_of = [&](int piece) { return partial_row(grid, slot_of(piece), lane, row_in_tile); };
+    auto const row_of = [&](int piece) {
+        return partial_row(grid, slot_of(piece), lane, row_in_tile, grid.rows_per_tile);
+    };
 
     float* const weight = weights + row_in_cta * grid.num_workers;
     int const thread = threadIdx.x % kThreadsPerRow;
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 }  // namespace
 
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
-    int const rows = params.rows_per_head_kv < kBlockM ? params.rows_per_head_kv : kBlockM;
+    int const rows = std::min(params.rows_per_head_kv, params.grid.rows_per_tile);
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers, ceil_div(rows, kRowsPerCta));

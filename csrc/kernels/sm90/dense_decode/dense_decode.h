@@ -6,7 +6,17 @@
 
 namespace flash_mla::sm90 {
 
-template <ElementType kElementType>
+template <ElementType kType>
 cudaError_t launch_dense_decode(DenseDecodeParams const& params, cudaStream_t stream);
+
+template <>
+cudaError_t launch_dense_decode<ElementType::kBFloat16>(DenseDecodeParams const& params, cudaStream_t stream);
+template <>
+cudaError_t launch_dense_decode<ElementType::kFloat16>(DenseDecodeParams const& params, cudaStream_t stream);
+
+inline cudaError_t launch_dense_decode(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
+    return type == ElementType::kBFloat16 ? launch_dense_decode<ElementType::kBFloat16>(params, stream)
+                                          : launch_dense_decode<ElementType::kFloat16>(params, stream);
+}
 
 }  // namespace flash_mla::sm90

@@ -17,10 +17,11 @@ struct LoadOrder {
 
 // Yields the KV blocks of all pieces of a CTA in the order in which they are consumed, and announces the pieces as
 // their first blocks come up. One thread advances it; it lives in shared memory because registers are dearer.
+template <typename Pieces>
 class LoadCursor {
 public:
     __device__ void begin(DenseDecodeParams const& params) {
-        pieces_ = PieceCursor(params);
+        pieces_ = Pieces(params);
         blocks_left_ = 0;
         head_kv_ = 0;
     }
@@ -57,7 +58,7 @@ private:
         queue.publish_next();
     }
 
-    PieceCursor pieces_;
+    Pieces pieces_;
     int const* pages_;
     int blocks_left_;
     int head_kv_;

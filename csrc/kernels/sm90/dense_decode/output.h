@@ -134,7 +134,7 @@ private:
 
     __device__ float* partial_out_row(Piece const& piece, int row) const {
         int const lane = lane_now();
-        return params.out_partial + partial_row(params.grid, piece.slot, lane, row) * kHeadDimV +
+        return params.out_partial + partial_row(params.grid, piece.slot, lane, row, kBlockM) * kHeadDimV +
                half() * Traits::kHalfColumns;
     }
     __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {

@@ -1,7 +1,7 @@
 // The pieces that have keys, on their way from the thread that loads their blocks to the warpgroups that compute them.
 #pragma once
 
-#include "kernels/sm90/dense_decode/pieces.h"
+#include "kernels/sm90/primitives/pieces.h"
 #include "kernels/sm90/primitives/pipeline.h"
 
 namespace flash_mla::sm90 {

@@ -211,7 +211,7 @@ private:
             QueryRow const at = query_row(params, piece.place, row);
             if (piece.is_partial()) {
                 int const lane = lane_now();
-                params.lse_partial[partial_row(params.grid, piece.slot, lane, row)] = lse_log2;
+                params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = lse_log2;
             } else if (at.exists) {
                 constexpr float kLn2 = 0.693147180559945309417f;
                 params.lse[lse_offset(params, piece.batch, at)] = total == 0.f ? INFINITY : lse_log2 * kLn2;
@@ -222,7 +222,7 @@ private:
 
     // Pieces that pass by the pipeline because they have no keys.
     __device__ void write_empty_pieces() const {
-        PieceCursor pieces(params);
+        typename Traits::Pieces pieces(params);
         Piece piece;
         while (pieces.next(params, piece)) {
             if (piece.is_empty()) write_empty(piece);
@@ -236,7 +236,7 @@ private:
             if (!at.exists) return;
             if (piece.is_partial()) {
                 // The combine reads no output where the weight is 0.
-                params.lse_partial[partial_row(params.grid, piece.slot, lane, row)] = -INFINITY;
+                params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = -INFINITY;
                 continue;
             }
             auto* const out =

@@ -1,12 +1,12 @@
 // Types, shared memory and roles of the dense decode kernel; kernel.cuh opens with how they work together.
 #pragma once
 
-#include <cuda.h>
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
 #include "kernels/sm90/dense_decode/load_cursor.h"
 #include "kernels/sm90/dense_decode/piece_queue.h"
+#include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "params/dense_decode.h"
 
@@ -16,11 +16,6 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
-
-// The cache, as the copy engine sees it: (column, token, chunk, kv head, page) and (column, token, kv head, page).
-struct KMaps {
-    CUtensorMap latent, rope;
-};
 
 template <typename Element_, int kClusterSize_>
 struct DenseDecodeTraits {
@@ -32,6 +27,8 @@ struct DenseDecodeTraits {
     // so that they run under its softmax. Where memory is the limit, that would hold a block back until the next has
     // come.
     static constexpr bool kTensorBound = kClusterSize > 1;
+
+    using Pieces = PieceCursor<kBlockM, kClusterSize>;
 
     static constexpr int kNumThreads = 3 * 128;
     static constexpr int kScoresRegisters = 184;  // together 3 × 168, what a CTA starts with
@@ -90,7 +87,7 @@ struct DenseDecodeTraits {
         float rescale[kBlockM];
         bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
         float inverse_sum[kBlockM];
-        LoadCursor loads;
+        LoadCursor<Pieces> loads;
         LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
         alignas(8) Barriers barriers;

@@ -84,4 +84,18 @@ __device__ inline void store_matrix_x4(uint32_t shared_address, uint32_t const (
                  : "memory");
 }
 
+// Two 8×8 matrices, transposed; lanes 0–15 give the addresses of what are their columns.
+__device__ inline void store_matrix_x2_transposed(uint32_t shared_address, uint32_t word0, uint32_t word1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(shared_address), "r"(word0),
+                 "r"(word1)
+                 : "memory");
+}
+
+// The 8×8 matrix of 16-bit elements that a warp holds, lane l the pair (l / 4, 2·(l % 4)), transposed.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
 }  // namespace flash_mla::sm90

@@ -1,0 +1,38 @@
+// Host side of the swapped decode: picks the variant, describes the cache to the copy engine, launches.
+#pragma once
+
+#include "kernels/sm90/primitives/k_maps.h"
+#include "kernels/sm90/primitives/kernel_attributes.h"
+#include "kernels/sm90/swapped_decode/kernel.cuh"
+#include "kernels/sm90/swapped_decode/swapped_decode.h"
+
+namespace flash_mla::sm90 {
+
+template <typename Traits>
+cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t stream) {
+    KMaps maps;
+    if (cudaError_t const error = encode_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
+    if (cudaError_t const error = allow_shared_memory<swapped_decode_kernel<Traits>>(kSharedBytes);
+        error != cudaSuccess)
+        return error;
+    cudaLaunchAttribute attributes[] = {dependent_launch_attribute(), {}};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, 1, unsigned(params.grid.split_ctas)};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(params.grid.num_lanes, params.grid.num_workers, params.grid.split_ctas);
+    config.blockDim = dim3(Traits::kNumThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    return cudaLaunchKernelEx(&config, swapped_decode_kernel<Traits>, params, maps);
+}
+
+template <typename Element>
+cudaError_t launch_swapped_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
+    return params.grid.rows_per_tile == 16 ? launch_swapped_variant<SwappedDecodeTraits<Element, 16>>(params, stream)
+                                           : launch_swapped_variant<SwappedDecodeTraits<Element, 32>>(params, stream);
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,101 @@
+// Types and shared memory of the swapped decode kernel; kernel.cuh opens with how they work together.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/numeric_types.h>
+
+#include "kernels/sm90/primitives/k_maps.h"
+#include "kernels/sm90/primitives/pieces.h"
+#include "kernels/sm90/primitives/pipeline.h"
+
+namespace flash_mla::sm90 {
+
+template <typename Element_, int kRows_>
+struct SwappedDecodeTraits {
+    using Element = Element_;
+    static constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
+    static constexpr int kRows = kRows_;  // query rows of a CTA: N of both products
+    static_assert(kRows % 16 == 0 && kRows < kBlockM);
+
+    static constexpr int kNumGroups = 2;  // of consumers, a warpgroup each
+    static constexpr int kConsumerThreads = kNumGroups * 128;
+    static constexpr int kNumThreads = kConsumerThreads + 32;  // and a warp that loads
+    static constexpr int kMaxSplitCtas = 8;
+
+    static constexpr int kNumStages = 2;  // of KV blocks
+    static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
+    static constexpr int kChunksPerGroup = kLatentChunks / kNumGroups;
+    static constexpr int kChunkElements = kPageSize * kChunkColumns;
+    static constexpr int kBlockBytes = (kLatentChunks + 1) * kChunkElements * sizeof(Element);
+    static constexpr int kRowTiles = kRows / 8;                  // of 8 columns in a fragment
+    static constexpr int kOwnRowTiles = kRowTiles / kNumGroups;  // whose softmax a group computes
+
+    using Pieces = PieceCursor<kRows, 1>;
+
+    using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
+    using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
+    using Columns = cute::Int<kChunksPerGroup * kChunkColumns>;  // of a group, latent
+    // (token, column)
+    using LayoutLatent = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, Columns>{}));
+    using LayoutRope =
+        decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, cute::Int<kChunkColumns>>{}));
+    // (row, column)
+    using LayoutQ = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
+    // The latent columns of a group as V: (column, token)
+    using LayoutV = decltype(cute::tile_to_shape(MNMajorAtom{}, cute::Shape<Columns, cute::Int<kPageSize>>{},
+                                                 cute::Step<cute::_2, cute::_1>{}));
+    // (row, token)
+    using LayoutP = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kRows>, cute::Int<kPageSize>>{}));
+
+    using Tile = cute::Shape<cute::_64, cute::Int<kRows>, cute::_16>;
+    static constexpr auto kK = cute::GMMA::Major::K;
+    static constexpr auto kMN = cute::GMMA::Major::MN;
+    using MmaScores =
+        decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kK, kK>()));
+    using MmaOutput =
+        decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
+
+    struct Barriers {
+        TransactionBarrier block_full[kNumStages];
+        Barrier block_empty[kNumStages];
+        Barrier may_send;             // every CTA of the cluster is done with its query rows, whose place results take
+        TransactionBarrier received;  // the results of every CTA of the cluster for the columns of this one
+    };
+
+    // Results of a CTA for 64 columns: one float4 per tile of 8 rows and thread, as the accumulators hold them.
+    static constexpr int kReceivedVectors = kLatentChunks * kRowTiles * 128;
+
+    struct SharedStorage {
+        alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
+        union {
+            alignas(1024) Element q[kHeadDim * kRows];
+            alignas(1024) float4 received[kReceivedVectors];  // (own chunk, sender, tile, thread)
+        };
+        alignas(1024) Element p[kRows * kPageSize];
+        float4 exchanged[kNumGroups][kOwnRowTiles][128];
+        alignas(16) float largest[kNumGroups][4][kRows / kNumGroups];
+        float row_sum[4][kRows];
+        float rescale[kRows];
+        float2 statistics[kRows];                          // reference (log2) and sum
+        float2 received_statistics[kMaxSplitCtas][kRows];  // by sender
+        int must_rescale[kNumGroups];
+        alignas(8) Barriers barriers;
+    };
+    static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// The KV blocks of a piece that one CTA of the cluster takes. The first CTAs take one more where they do not come out
+// even.
+struct BlockRange {
+    int begin, end;
+    int num_active;  // CTAs with blocks, the first ones
+
+    __device__ BlockRange(Piece const& piece, int rank, int num_ctas) {
+        int const each = piece.num_blocks() / num_ctas, rest = piece.num_blocks() - each * num_ctas;
+        begin = piece.begin_block + rank * each + min(rank, rest);
+        end = begin + each + (rank < rest);
+        num_active = each > 0 ? num_ctas : rest;
+    }
+};
+
+}  // namespace flash_mla::sm90
