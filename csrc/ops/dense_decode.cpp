@@ -127,7 +127,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
                                      : sm90::launch_dense_decode(params, type, stream));
-    C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
+    if (!getenv("X_NOCOMBINE")) C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
     return lse;
 }
 

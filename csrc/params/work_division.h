@@ -67,7 +67,8 @@ inline WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_
     int split = 8;
     while (split > 1 && requests * split > num_sms) split /= 2;
     split = env("X_SPLIT", split);
-    return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, rows, split, env("X_OVER", 1) * split,
+    int const clusters = split == 8 ? 15 : split == 4 ? 30 : num_sms / split;
+    return group_lanes(num_rows_per_head_kv, num_heads_kv, clusters * split, rows, split, env("X_OVER", 1) * split,
                        env("X_MIN", 1) * split);
 }
 

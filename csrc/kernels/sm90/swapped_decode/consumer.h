@@ -64,6 +64,8 @@ private:
         BlockRange const blocks(piece, rank, num_ctas());
         if (group == 0 && thread == 0) expect_results(blocks.num_active);
         load_q(piece);
+        if (piece_count == 0) cute::cluster_wait();
+        wait_for_q();
         Outputs outputs;
         cute::clear(outputs);
 #pragma unroll
@@ -81,17 +83,24 @@ private:
         sync_consumers();
     }
 
-    // Rows come 16 bytes at a time, swizzled as wgmma expects.
+    // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
     __device__ void load_q(Piece const& piece) const {
         constexpr int kVectorsPerRow = kHeadDim / 8;
-        uint32_t const target = shared_address(shared.q);
-        for (int i = group * 128 + thread; i < kRows * kVectorsPerRow; i += Traits::kConsumerThreads) {
-            int const row = i / kVectorsPerRow, vector = i - row * kVectorsPerRow;
-            Element const* const source = q_row<Element>(params, piece, row) + vector * 8;
-            uint32_t const offset = vector / 8 * kRows * 128 + row * 128 + ((vector ^ row) % 8) * 16;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target + offset), "l"(source) : "memory");
+#pragma unroll 1
+        for (int row = group * 4 + warp(); row < kRows; row += 4 * Traits::kNumGroups) {
+            Element const* const source = q_row<Element>(params, piece, row);
+            uint32_t const target = shared_address(shared.q) + row * 128;
+#pragma unroll
+            for (int vector = lane(); vector < kVectorsPerRow; vector += 32) {
+                uint32_t const offset = vector / 8 * kRows * 128 + ((vector ^ row) % 8) * 16;
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target + offset),
+                             "l"(source + vector * 8)
+                             : "memory");
+            }
         }
         cute::cp_async_fence();
+    }
+    __device__ void wait_for_q() const {
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_consumers();
@@ -323,7 +332,7 @@ private:
             for (int distance = 4; distance < 32; distance *= 2)
                 row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], distance);
             if (lane() < 4) shared.row_sum[warp()][own_row(i)] = row_sum[i];
-            if (thread < 4) shared.statistics[own_row(i)].x = reference[i];
+            if (thread < 4) shared.reference[own_row(i)] = reference[i];
         }
         sync_consumers();
     }
@@ -333,80 +342,77 @@ private:
         shared.barriers.may_send.wait(piece_count % 2);
         if (rank >= num_active) return;
         uint32_t const barrier = shared_address(shared.barriers.received);
+#pragma unroll 1
         for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
             int const row = i % kRows, target = i / kRows;
             float sum = 0.f;
+#pragma unroll
             for (int w = 0; w < 4; ++w) sum += shared.row_sum[w][row];
             store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target),
-                         float2{shared.statistics[row].x, sum}, remote_address(barrier, target));
+                         float2{shared.reference[row], sum}, remote_address(barrier, target));
         }
         int const chunks = chunks_per_cta(num_ctas());
 #pragma unroll
         for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
             int const chunk = group * Traits::kChunksPerGroup + m;
             int const target = chunk / chunks, slot = (chunk % chunks) * num_ctas() + rank;
+            uint32_t const remote =
+                remote_address(shared_address(shared.received[slot * kRowTiles * 128 + thread]), target);
             uint32_t const remote_barrier = remote_address(barrier, target);
 #pragma unroll
             for (int tile = 0; tile < kRowTiles; ++tile) {
                 auto const at = [&](int c, int h) { return outputs(cute::make_coord(c, h, tile), m, 0); };
-                store_remote(
-                    remote_address(shared_address(shared.received[(slot * kRowTiles + tile) * 128 + thread]), target),
-                    float4{at(0, 0), at(1, 0), at(0, 1), at(1, 1)}, remote_barrier);
+                store_remote(remote + tile * 128 * sizeof(float4), float4{at(0, 0), at(1, 0), at(0, 1), at(1, 1)},
+                             remote_barrier);
             }
         }
     }
 
-    // Weights of what the CTAs have of one row, and its log2-sum-exp2.
-    struct Merged {
-        float weight[Traits::kMaxSplitCtas];
-        float lse_log2;
-    };
-    __device__ Merged merge_row(int row, int num_active) const {
-        Merged merged;
+    // What the results of each CTA weigh for one row, and the row's log2-sum-exp2.
+    __device__ float weigh(int row, int num_active) const {
         float largest = kMinusInfinity, total = 0.f;
-#pragma unroll
-        for (int i = 0; i < Traits::kMaxSplitCtas; ++i) {
-            if (i < num_active) largest = fmaxf(largest, shared.received_statistics[i][row].x);
-        }
+#pragma unroll 1
+        for (int i = 0; i < num_active; ++i) largest = fmaxf(largest, shared.received_statistics[i][row].x);
         float const offset = largest == kMinusInfinity ? 0.f : largest;
-#pragma unroll
-        for (int i = 0; i < Traits::kMaxSplitCtas; ++i) {
-            merged.weight[i] = 0.f;
-            if (i >= num_active) continue;
+#pragma unroll 1
+        for (int i = 0; i < num_active; ++i) {
             float2 const from = shared.received_statistics[i][row];
-            merged.weight[i] = exp2_approx(from.x - offset);
-            total += merged.weight[i] * from.y;
+            float const weight = exp2_approx(from.x - offset);
+            shared.weight[i][row] = weight;
+            total += weight * from.y;
         }
         float const inverse = total == 0.f ? 0.f : 1.f / total;
-#pragma unroll
-        for (int i = 0; i < Traits::kMaxSplitCtas; ++i) merged.weight[i] *= inverse;
-        merged.lse_log2 = total == 0.f ? kMinusInfinity : log2f(total) + largest;
-        return merged;
+#pragma unroll 1
+        for (int i = 0; i < num_active; ++i) shared.weight[i][row] *= inverse;
+        return total == 0.f ? kMinusInfinity : log2f(total) + largest;
     }
 
     // The 64-column chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
         shared.barriers.received.wait(piece_count % 2);
+        if (int const row = group * 128 + thread; row < kRows) {
+            float const lse_log2 = weigh(row, num_active);
+            if (rank == 0) store_lse(piece, row, lse_log2);
+        }
+        sync_consumers();
         int const chunks = chunks_per_cta(num_ctas());
+#pragma unroll 1
         for (int i = group; i < chunks * kRowTiles; i += Traits::kNumGroups) {
             int const chunk = i / kRowTiles, tile = i % kRowTiles;
-            Merged const merged[2] = {merge_row(fragment_column(thread, tile), num_active),
-                                      merge_row(fragment_column(thread, tile) + 1, num_active)};
+            float4 const* part = shared.received + (chunk * num_ctas() * kRowTiles + tile) * 128 + thread;
             float sum[4] = {};
-#pragma unroll
-            for (int sender = 0; sender < Traits::kMaxSplitCtas; ++sender) {
-                if (sender >= num_active) continue;
-                float4 const part = shared.received[((chunk * num_ctas() + sender) * kRowTiles + tile) * 128 + thread];
-                float const weight[2] = {merged[0].weight[sender], merged[1].weight[sender]};
-                add_weighted(sum[0], part.x, weight[0]);
-                add_weighted(sum[1], part.y, weight[1]);
-                add_weighted(sum[2], part.z, weight[0]);
-                add_weighted(sum[3], part.w, weight[1]);
+#pragma unroll 2
+            for (int sender = 0; sender < num_active; ++sender, part += kRowTiles * 128) {
+                float4 const x = *part;
+                float2 const weight =
+                    *reinterpret_cast<float2 const*>(&shared.weight[sender][fragment_column(thread, tile)]);
+                add_weighted(sum[0], x.x, weight.x);
+                add_weighted(sum[1], x.y, weight.y);
+                add_weighted(sum[2], x.z, weight.x);
+                add_weighted(sum[3], x.w, weight.y);
             }
             store(piece, rank * chunks + chunk, tile, sum);
         }
-        int const row = group * 128 + thread;
-        if (rank == 0 && row < kRows) store_lse(piece, row, merge_row(row, num_active).lse_log2);
     }
 
     // A row that saw no key is 0, whatever the values of the keys it did not see.

@@ -22,13 +22,15 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     swapped_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ KMaps const maps) {
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
-    if (threadIdx.x == 0) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
+    if (threadIdx.x == Traits::kConsumerThreads) {
         init_swapped_barriers<Traits>(shared.barriers, params.grid.split_ctas);
         cutlass::arch::fence_barrier_init();
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
     }
-    cute::cluster_sync();
+    // Other CTAs are waited for where something is first sent to them.
+    cute::cluster_arrive_relaxed();
+    __syncthreads();
     wait_for_previous_kernel();
     allow_dependent_launch();
 
@@ -36,11 +38,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     int const group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == Traits::kNumGroups) {
         SwappedProducer<Traits>{params, maps, shared, rank}.run();
+        cute::cluster_wait();
     } else {
         SwappedConsumer<Traits>{params, shared, group, int(threadIdx.x % 128), rank}.run();
     }
-    // Nobody leaves while another CTA may still write into its shared memory.
-    cute::cluster_sync();
+    // A CTA waits for all that is sent to it, so none is sent anything after its end.
 }
 
 }  // namespace flash_mla::sm90

@@ -76,8 +76,9 @@ struct SwappedDecodeTraits {
         alignas(16) float largest[kNumGroups][4][kRows / kNumGroups];
         float row_sum[4][kRows];
         float rescale[kRows];
-        float2 statistics[kRows];                          // reference (log2) and sum
-        float2 received_statistics[kMaxSplitCtas][kRows];  // by sender
+        float reference[kRows];                            // log2
+        float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
+        alignas(8) float weight[kMaxSplitCtas][kRows];     // of what was received
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
