@@ -26,6 +26,7 @@ struct SwappedConsumer {
     static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
     static constexpr int kOwnScores = 4 * kOwnRowTiles;
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
+    static constexpr int kVoteBarrier = 1;  // of the hardware; those below 8 are not CUTLASS's for the user
     static constexpr float kLn2 = 0.693147180559945309417f;
 
     DenseDecodeParams const& params;
@@ -39,12 +40,29 @@ struct SwappedConsumer {
     __device__ void run() {
         typename Traits::Pieces pieces(params);
         Piece piece;
-        while (pieces.next(params, piece)) {
-            if (piece.is_empty()) {
-                write_empty(piece);
-            } else {
-                run_piece(piece);
+        bool has_piece = next_with_keys(pieces, piece);
+        if (!has_piece) return;
+        clear_statistics();
+        load_q(piece);
+        cute::cluster_wait();
+        while (has_piece) {
+            Outputs outputs;
+            int const num_active = add_blocks(piece, outputs);
+            Piece following;
+            has_piece = next_with_keys(pieces, following);
+            if (Traits::kHasRoomForBoth && has_piece) load_q(following);
+            share_statistics(outputs, num_active);
+            merge(piece, num_active);
+            if (has_piece) {
+                sync_consumers();
+                if (Traits::kHasRoomForBoth) {
+                    allow_sending();
+                } else {
+                    load_q(following);
+                }
             }
+            piece = following;
+            ++piece_count;
         }
     }
 
@@ -60,27 +78,30 @@ private:
         return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
     }
 
-    __device__ void run_piece(Piece const& piece) {
+    // Writes what pieces without keys get on the way.
+    __device__ bool next_with_keys(typename Traits::Pieces& pieces, Piece& piece) const {
+        while (pieces.next(params, piece)) {
+            if (!piece.is_empty()) return true;
+            write_empty(piece);
+        }
+        return false;
+    }
+
+    // Returns how many CTAs of the cluster have blocks of the piece.
+    __device__ int add_blocks(Piece const& piece, Outputs& outputs) {
         BlockRange const blocks(piece, rank, num_ctas());
         if (group == 0 && thread == 0) expect_results(blocks.num_active);
-        load_q(piece);
-        if (piece_count == 0) cute::cluster_wait();
-        wait_for_q();
-        Outputs outputs;
         cute::clear(outputs);
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
+        wait_for_q();
+#pragma unroll 1
         for (int block = blocks.begin; block < blocks.end; ++block) {
-            add_block(piece, block, outputs, block + 1 == blocks.end);
+            add_block(piece, block, outputs, block == blocks.begin);
             ++block_count;
         }
-        if (blocks.begin == blocks.end) allow_sending();
-        share_statistics(blocks.num_active);
-        send(outputs, blocks.num_active);
-        merge(piece, blocks.num_active);
-        ++piece_count;
-        // The place of what was received is that of the next query rows.
-        sync_consumers();
+        if (!Traits::kHasRoomForBoth) sync_consumers();
+        return blocks.num_active;
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
@@ -106,7 +127,7 @@ private:
         sync_consumers();
     }
 
-    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_last) {
+    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first) {
         uint32_t const stage = block_count % Traits::kNumStages;
         shared.barriers.block_full[stage].wait(block_count / Traits::kNumStages % 2);
         Scores partial_scores;
@@ -116,11 +137,13 @@ private:
         int const num_keys = piece.seqlen - block * kPageSize;
         if (num_keys - (params.causal ? params.seqlen_q - 1 : 0) < kPageSize) mask(piece, num_keys, scores);
         if (num_keys < kPageSize) clear_keys_from(num_keys, stage);
-        write_probabilities(scores);
-        cutlass::arch::fence_view_async_shared();
-        sync_consumers();
-        if (is_last) allow_sending();
-        if (shared.must_rescale[0] | shared.must_rescale[1]) rescale(outputs);
+        if (is_first || !try_probabilities(scores)) {
+            raise_references(scores);
+            write_probabilities(scores);
+            cutlass::arch::fence_view_async_shared();
+            sync_consumers();
+            if (!is_first && (shared.must_rescale[0] | shared.must_rescale[1])) rescale(outputs);
+        }
         multiply_v(stage, outputs);
         if (lane() == 0) shared.barriers.block_empty[stage].arrive();
     }
@@ -202,8 +225,30 @@ private:
         }
     }
 
-    // Softmax over tokens, which are spread over the lanes with the same lane % 4 and over the warps of the group.
-    __device__ void write_probabilities(float (&scores)[kOwnScores]) {
+    // Probabilities by the references as they are. Returns whether these still do, for all rows, after a barrier of all
+    // consumers.
+    __device__ bool try_probabilities(float const (&scores)[kOwnScores]) {
+        bool within = true;
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) {
+            float const largest = fmaxf(scores[4 * (i / 2) + i % 2], scores[4 * (i / 2) + 2 + i % 2]);
+            // Not a number, and so not within, as long as there was no key.
+            within &= fmaf(largest, params.softmax_scale_log2, -reference[i]) <= OnlineSoftmax::kSlackLog2;
+        }
+        float previous_sum[kOwnRows];
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) previous_sum[i] = row_sum[i];
+        write_probabilities(scores);
+        cutlass::arch::fence_view_async_shared();
+        if (!barrier_any<Traits::kConsumerThreads, kVoteBarrier>(!within)) return true;
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) row_sum[i] = previous_sum[i];
+        return false;
+    }
+
+    // Raises the references where these scores ask for it. Tokens are spread over the lanes with the same lane % 4 and
+    // over the warps of the group.
+    __device__ void raise_references(float const (&scores)[kOwnScores]) {
         float largest[kOwnRows];
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
@@ -220,8 +265,6 @@ private:
             }
         }
         sync_group();
-        bool raises_any = false;
-        float factor[kOwnRows];
 #pragma unroll
         for (int tile = 0; tile < kOwnRowTiles; ++tile) {
             float2 x[4];
@@ -231,10 +274,11 @@ private:
             largest[2 * tile] = fmaxf(fmaxf(x[0].x, x[1].x), fmaxf(x[2].x, x[3].x));
             largest[2 * tile + 1] = fmaxf(fmaxf(x[0].y, x[1].y), fmaxf(x[2].y, x[3].y));
         }
-        float const scale = params.softmax_scale_log2;
+        bool raises_any = false;
+        float factor[kOwnRows];
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
-            float const raised = largest[i] * scale;
+            float const raised = largest[i] * params.softmax_scale_log2;
             bool const raises = raised - reference[i] > OnlineSoftmax::kSlackLog2;
             factor[i] = raises ? exp2_approx(reference[i] - raised) : 1.f;
             reference[i] = raises ? raised : reference[i];
@@ -249,28 +293,29 @@ private:
                 for (int i = 0; i < kOwnRows; ++i) shared.rescale[own_row(i)] = factor[i];
             }
         }
-#pragma unroll
-        for (int i = 0; i < kOwnRows; ++i) {
-            float const offset = reference[i] == kMinusInfinity ? 0.f : -reference[i];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float& score = scores[4 * (i / 2) + 2 * h + i % 2];
-                score = exp2_approx(fmaf(score, scale, offset));
-                row_sum[i] += score;
-            }
-        }
-        store_transposed(scores);
     }
 
-    // P as (row, token), through stores that transpose 8×8 matrices.
-    __device__ void store_transposed(float const (&scores)[kOwnScores]) const {
+    // P to shared memory as (row, token), through stores that transpose 8×8 matrices.
+    __device__ void write_probabilities(float const (&scores)[kOwnScores]) {
         uint32_t const p = shared_address(shared.p);
+        float const scale = params.softmax_scale_log2;
 #pragma unroll
         for (int tile = 0; tile < kOwnRowTiles; ++tile) {
+            float probability[4];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float const at = reference[2 * tile + c], offset = at == kMinusInfinity ? 0.f : -at;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float const x = exp2_approx(fmaf(scores[4 * tile + 2 * h + c], scale, offset));
+                    probability[2 * h + c] = x;
+                    row_sum[2 * tile + c] += x;
+                }
+            }
             int const row = group * kRows / Traits::kNumGroups + 8 * tile + lane() % 8;
             uint32_t const address = p + row * 128 + ((2 * warp() + lane() / 8 % 2) ^ row % 8) * 16;
-            store_matrix_x2_transposed(address, pack_pair(scores[4 * tile], scores[4 * tile + 1], Element{}),
-                                       pack_pair(scores[4 * tile + 2], scores[4 * tile + 3], Element{}));
+            store_matrix_x2_transposed(address, pack_pair(probability[0], probability[1], Element{}),
+                                       pack_pair(probability[2], probability[3], Element{}));
         }
     }
 
@@ -312,20 +357,26 @@ private:
 
     __device__ static int chunks_per_cta(int num_ctas) { return Traits::kLatentChunks / num_ctas; }
 
-    // By all consumers, after a barrier that follows the last use of the query rows.
+    // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
     __device__ void allow_sending() const {
         if (group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
     }
 
     __device__ void expect_results(int num_active) const {
-        int const bytes_per_cta =
-            chunks_per_cta(num_ctas()) * kRowTiles * 128 * sizeof(float4) + kRows * sizeof(float2);
-        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta);
+        int const bytes_per_cta = chunks_per_cta(num_ctas()) * kRowTiles * 128 * sizeof(float4);
+        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float2));
     }
 
-    // Reference and sum of each row, as far as this CTA has seen its keys, to shared memory.
-    __device__ void share_statistics(int num_active) {
-        if (rank >= num_active) return;
+    // What CTAs that do not exist have seen: no key.
+    __device__ void clear_statistics() const {
+        int const i = group * 128 + thread;
+        if (i >= num_ctas() * kRows && i < Traits::kMaxSplitCtas * kRows)
+            shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
+    }
+
+    // Reference, sum and output of each row, as far as this CTA has seen its keys, to the CTAs that merge them: the
+    // output in chunks of 64 columns.
+    __device__ void share_statistics(Outputs const& outputs, int num_active) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
@@ -334,23 +385,19 @@ private:
             if (lane() < 4) shared.row_sum[warp()][own_row(i)] = row_sum[i];
             if (thread < 4) shared.reference[own_row(i)] = reference[i];
         }
+        if (!Traits::kHasRoomForBoth) allow_sending();
         sync_consumers();
-    }
-
-    // What this CTA has of the output, 64 columns to the CTA that merges them.
-    __device__ void send(Outputs const& outputs, int num_active) const {
-        shared.barriers.may_send.wait(piece_count % 2);
-        if (rank >= num_active) return;
+        shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
         uint32_t const barrier = shared_address(shared.barriers.received);
 #pragma unroll 1
         for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
             int const row = i % kRows, target = i / kRows;
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < 4; ++w) sum += shared.row_sum[w][row];
+            float const sum =
+                (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row]);
             store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target),
                          float2{shared.reference[row], sum}, remote_address(barrier, target));
         }
+        if (rank >= num_active) return;
         int const chunks = chunks_per_cta(num_ctas());
 #pragma unroll
         for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
@@ -368,48 +415,49 @@ private:
         }
     }
 
-    // What the results of each CTA weigh for one row, and the row's log2-sum-exp2.
-    __device__ float weigh(int row, int num_active) const {
-        float largest = kMinusInfinity, total = 0.f;
-#pragma unroll 1
-        for (int i = 0; i < num_active; ++i) largest = fmaxf(largest, shared.received_statistics[i][row].x);
-        float const offset = largest == kMinusInfinity ? 0.f : largest;
-#pragma unroll 1
-        for (int i = 0; i < num_active; ++i) {
-            float2 const from = shared.received_statistics[i][row];
-            float const weight = exp2_approx(from.x - offset);
-            shared.weight[i][row] = weight;
-            total += weight * from.y;
-        }
-        float const inverse = total == 0.f ? 0.f : 1.f / total;
-#pragma unroll 1
-        for (int i = 0; i < num_active; ++i) shared.weight[i][row] *= inverse;
-        return total == 0.f ? kMinusInfinity : log2f(total) + largest;
-    }
-
     // The 64-column chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
-        shared.barriers.received.wait(piece_count % 2);
-        if (int const row = group * 128 + thread; row < kRows) {
-            float const lse_log2 = weigh(row, num_active);
-            if (rank == 0) store_lse(piece, row, lse_log2);
-        }
-        sync_consumers();
         int const chunks = chunks_per_cta(num_ctas());
+        shared.barriers.received.wait(piece_count % 2);
 #pragma unroll 1
         for (int i = group; i < chunks * kRowTiles; i += Traits::kNumGroups) {
             int const chunk = i / kRowTiles, tile = i % kRowTiles;
-            float4 const* part = shared.received + (chunk * num_ctas() * kRowTiles + tile) * 128 + thread;
-            float sum[4] = {};
-#pragma unroll 2
-            for (int sender = 0; sender < num_active; ++sender, part += kRowTiles * 128) {
-                float4 const x = *part;
-                float2 const weight =
-                    *reinterpret_cast<float2 const*>(&shared.weight[sender][fragment_column(thread, tile)]);
-                add_weighted(sum[0], x.x, weight.x);
-                add_weighted(sum[1], x.y, weight.y);
-                add_weighted(sum[2], x.z, weight.x);
-                add_weighted(sum[3], x.w, weight.y);
+            // Of two rows each: (reference, sum, reference, sum).
+            float4 statistics[Traits::kMaxSplitCtas];
+#pragma unroll
+            for (int sender = 0; sender < Traits::kMaxSplitCtas; ++sender) {
+                statistics[sender] = *reinterpret_cast<float4 const*>(
+                    &shared.received_statistics[sender][fragment_column(thread, tile)]);
+            }
+            float largest[2] = {kMinusInfinity, kMinusInfinity}, total[2] = {}, sum[4] = {};
+#pragma unroll
+            for (float4 const& each : statistics) {
+                largest[0] = fmaxf(largest[0], each.x), largest[1] = fmaxf(largest[1], each.z);
+            }
+            float const offset[2] = {largest[0] == kMinusInfinity ? 0.f : largest[0],
+                                     largest[1] == kMinusInfinity ? 0.f : largest[1]};
+            float4 const* const parts = shared.received + (chunk * num_ctas() * kRowTiles + tile) * 128 + thread;
+#pragma unroll
+            for (int sender = 0; sender < Traits::kMaxSplitCtas; ++sender) {
+                float const weight[2] = {exp2_approx(statistics[sender].x - offset[0]),
+                                         exp2_approx(statistics[sender].z - offset[1])};
+                total[0] += weight[0] * statistics[sender].y;
+                total[1] += weight[1] * statistics[sender].w;
+                if (sender >= num_active) continue;
+                float4 const part = parts[sender * kRowTiles * 128];
+                add_weighted(sum[0], part.x, weight[0]);
+                add_weighted(sum[1], part.y, weight[1]);
+                add_weighted(sum[2], part.z, weight[0]);
+                add_weighted(sum[3], part.w, weight[1]);
+            }
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float const inverse = total[c] == 0.f ? 0.f : __fdividef(1.f, total[c]);
+                sum[c] *= inverse, sum[2 + c] *= inverse;
+                if (rank == 0 && chunk == 0 && thread < 4) {
+                    store_lse(piece, fragment_column(thread, tile) + c,
+                              total[c] == 0.f ? kMinusInfinity : log2f(total[c]) + largest[c]);
+                }
             }
             store(piece, rank * chunks + chunk, tile, sum);
         }
@@ -426,7 +474,7 @@ private:
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int const row = fragment_column(thread, tile) + i % 2;
-                if (!query_row_of(piece, row).exists) continue;
+                if (piece.place.first_row + row >= params.rows_per_head_kv) continue;
                 params.out_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV +
                                    first_column + fragment_row(thread, i / 2)] = sum[i];
             }

@@ -65,20 +65,28 @@ struct SwappedDecodeTraits {
     // Results of a CTA for 64 columns: one float4 per tile of 8 rows and thread, as the accumulators hold them.
     static constexpr int kReceivedVectors = kLatentChunks * kRowTiles * 128;
 
-    struct SharedStorage {
-        alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
+    // Where query rows and results have places of their own, the next query rows come while results are merged.
+    static constexpr bool kHasRoomForBoth = kRows <= 16;
+    struct QueryAndReceived {
+        alignas(1024) Element q[kHeadDim * kRows];
+        alignas(1024) float4 received[kReceivedVectors];
+    };
+    struct QueryOrReceived {
         union {
             alignas(1024) Element q[kHeadDim * kRows];
             alignas(1024) float4 received[kReceivedVectors];  // (own chunk, sender, tile, thread)
         };
+    };
+
+    struct SharedStorage : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
+        alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
         alignas(1024) Element p[kRows * kPageSize];
         float4 exchanged[kNumGroups][kOwnRowTiles][128];
         alignas(16) float largest[kNumGroups][4][kRows / kNumGroups];
         float row_sum[4][kRows];
         float rescale[kRows];
-        float reference[kRows];                            // log2
-        float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
-        alignas(8) float weight[kMaxSplitCtas][kRows];     // of what was received
+        float reference[kRows];                                        // log2
+        alignas(16) float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
