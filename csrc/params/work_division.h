@@ -64,12 +64,14 @@ inline WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_
     int rows = num_rows_per_head_kv <= 16 ? 16 : num_rows_per_head_kv <= 32 || requests <= 4 ? 32 : 64;
     rows = env("X_ROWS", rows);
     if (rows == 64) return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, kBlockM, 1, 5, 2);
+    int const CL[] = {0, 132, 66, env("X_CL3", 43), 30, 26, env("X_CL6", 20), 18, 15};
     int split = 8;
-    while (split > 1 && requests * split > num_sms) split /= 2;
+    while (split > 1 && (CL[split] < requests || split == 5 || split == 7)) --split;
     split = env("X_SPLIT", split);
-    int const clusters = split == 8 ? 15 : split == 4 ? 30 : num_sms / split;
-    return group_lanes(num_rows_per_head_kv, num_heads_kv, clusters * split, rows, split, env("X_OVER", 1) * split,
-                       env("X_MIN", 1) * split);
+    int const lanes = env("X_LANES", 0);
+    WorkerGrid g = group_lanes(num_rows_per_head_kv, num_heads_kv, CL[split] * split, rows, split, env("X_OVER", 2) * split, env("X_MIN", 1) * split);
+    if (lanes) { g.num_lanes = lanes; g.num_workers = CL[split] / lanes; g.lane_groups = ceil_div(ceil_div(num_rows_per_head_kv, rows), lanes); g.tiles_per_request = num_heads_kv * g.lane_groups; }
+    return g;
 }
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.

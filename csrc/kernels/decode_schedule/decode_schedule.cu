@@ -68,9 +68,10 @@ __device__ int find_request(int64_t const* start, int batch_size, int64_t x) {
 
 __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeScheduleParams const params) {
     extern __shared__ int64_t start[];  // [batch_size + 1]
+    WorkerGrid const& grid = params.grid;
     int64_t* const warp_totals = start + params.batch_size + 1;
-    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);              // [num_workers + 1]
-    int* const num_cuts = reinterpret_cast<int*>(boundaries + params.grid.num_workers + 1);  // [num_workers + 1]
+    auto* const boundaries = reinterpret_cast<Boundary*>(warp_totals + kWarps);       // [num_workers + 1]
+    int* const num_cuts = reinterpret_cast<int*>(boundaries + grid.num_workers + 1);  // [num_workers + 1]
 
     int64_t carry = 0;
     if (threadIdx.x == 0) start[0] = 0;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
         int64_t cost = 0;
         if (i < params.batch_size) {
             int64_t const blocks = num_blocks_of(params.cache_seqlens[i]);
-            cost = (blocks + params.grid.split_overhead_blocks) * params.grid.tiles_per_request;
+            cost = (blocks + grid.split_overhead_blocks) * grid.tiles_per_request;
         }
         int64_t const end = carry + scan_inclusive(cost, warp_totals);
         if (i < params.batch_size) start[i + 1] = end;
@@ -88,83 +89,102 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     }
 
     int64_t const total = carry;
-    int64_t const fair_share = (total + params.grid.num_workers - 1) / params.grid.num_workers;
-    int64_t const quota =
-        max(fair_share, int64_t(params.grid.split_overhead_blocks + params.grid.min_blocks_per_split));
+    int64_t const fair_share = (total + grid.num_workers - 1) / grid.num_workers;
+    int64_t const quota = max(fair_share, int64_t(grid.split_overhead_blocks + grid.min_blocks_per_split));
 
-    int64_t const num_tiles = int64_t(params.batch_size) * params.grid.tiles_per_request;
-    auto first_whole_tile = [&](int w) { return w * num_tiles / params.grid.num_workers; };
-    auto start_of_tile = [&](int64_t tile) {
-        int64_t const batch = tile / params.grid.tiles_per_request,
-                      in_request = tile - batch * params.grid.tiles_per_request;
-        if (in_request == 0) return start[batch];
-        return start[batch] + (start[batch + 1] - start[batch]) / params.grid.tiles_per_request * in_request;
+    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
+    int64_t const workers_per_tile = num_tiles > 0 ? grid.num_workers / num_tiles : 1;  // or 0
+    auto place_of = [&](int64_t tile, int block) -> Boundary {
+        int const batch = int(tile / grid.tiles_per_request);
+        return {batch, int(tile - int64_t(batch) * grid.tiles_per_request), block};
+    };
+    auto tile_cost_of = [&](int batch) { return (start[batch + 1] - start[batch]) / grid.tiles_per_request; };
+    // Blocks of a piece, where every tile is cut evenly.
+    auto even_piece = [&](int num_blocks) {
+        if (num_blocks <= grid.split_overhead_blocks + grid.min_blocks_per_split) return num_blocks;
+        return max(int((num_blocks + workers_per_tile - 1) / workers_per_tile), grid.min_blocks_per_split);
+    };
+    auto even_boundary = [&](int w) -> Boundary {
+        if (workers_per_tile == 0) return place_of(w * num_tiles / grid.num_workers, 0);
+        int64_t const tile = min(w / workers_per_tile, num_tiles);
+        if (tile == num_tiles) return {params.batch_size, 0, 0};
+        int const num_blocks = int(tile_cost_of(place_of(tile, 0).batch)) - grid.split_overhead_blocks;
+        int const block = int(w - tile * workers_per_tile) * even_piece(num_blocks);
+        return block > 0 && block >= num_blocks ? place_of(tile + 1, 0) : place_of(tile, block);
+    };
+    auto cost_before = [&](Boundary const& at) {
+        if (at.batch == params.batch_size) return total;
+        return start[at.batch] + at.tile * tile_cost_of(at.batch) +
+               (at.block > 0 ? at.block + grid.split_overhead_blocks : 0);
     };
     bool is_uneven = false;
-    for (int w = threadIdx.x; w < params.grid.num_workers; w += kThreads) {
-        int64_t const cost = start_of_tile(first_whole_tile(w + 1)) - start_of_tile(first_whole_tile(w));
-        is_uneven |= cost > quota + params.grid.split_overhead_blocks;
+    for (int w = threadIdx.x; w < grid.num_workers; w += kThreads) {
+        int64_t const cost = cost_before(even_boundary(w + 1)) - cost_before(even_boundary(w));
+        is_uneven |= cost > quota + grid.split_overhead_blocks + grid.split_overhead_blocks / 2;
     }
-    bool const splits = __syncthreads_or(is_uneven);
+    bool const is_even = !__syncthreads_or(is_uneven);
 
     // Where worker w begins and worker w - 1 ends.
     auto find_boundary = [&](int w) -> Boundary {
-        if (!splits) {
-            int64_t const tile = first_whole_tile(w);
-            int const batch = int(tile / params.grid.tiles_per_request);
-            return {batch, int(tile - int64_t(batch) * params.grid.tiles_per_request), 0};
-        }
+        if (is_even) return even_boundary(w);
         int64_t const x = w * quota;
         if (x >= total) return {params.batch_size, 0, 0};
         int const batch = find_request(start, params.batch_size, x);
-        int64_t const tile_cost = (start[batch + 1] - start[batch]) / params.grid.tiles_per_request;
-        int64_t const in_request = x - start[batch];
+        int64_t const tile_cost = tile_cost_of(batch), in_request = x - start[batch];
         int const tile = int(in_request / tile_cost);
         int const offset = int(in_request - tile * tile_cost);
-        return {batch, tile, max(offset - params.grid.split_overhead_blocks, 0)};
+        return {batch, tile, max(offset - grid.split_overhead_blocks, 0)};
+    };
+    // Who ends the tile that a boundary cuts.
+    auto last_worker_of = [&](Boundary const& at) -> int {
+        int64_t const tile_cost = tile_cost_of(at.batch);
+        if (is_even) {
+            int const num_blocks = int(tile_cost) - grid.split_overhead_blocks, piece = even_piece(num_blocks);
+            int64_t const tile = int64_t(at.batch) * grid.tiles_per_request + at.tile;
+            return int(tile * workers_per_tile) + (num_blocks - 1) / piece;
+        }
+        return int((start[at.batch] + (at.tile + 1) * tile_cost - 1) / quota);
     };
     int cuts_before = 0;
-    for (int base = 0; base <= params.grid.num_workers; base += kThreads) {
+    for (int base = 0; base <= grid.num_workers; base += kThreads) {
         int const w = base + threadIdx.x;
         bool cut = false;
-        if (w <= params.grid.num_workers) {
+        if (w <= grid.num_workers) {
             boundaries[w] = find_boundary(w);
             cut = boundaries[w].cuts_a_tile();
         }
         int const count = cuts_before + scan_inclusive(int(cut), reinterpret_cast<int*>(warp_totals));
-        if (w <= params.grid.num_workers) num_cuts[w] = count;
+        if (w <= grid.num_workers) num_cuts[w] = count;
         __syncthreads();
-        cuts_before = num_cuts[min(base + kThreads - 1, params.grid.num_workers)];
+        cuts_before = num_cuts[min(base + kThreads - 1, grid.num_workers)];
     }
 
     auto* const rows = reinterpret_cast<WorkerRow*>(params.metadata);
     for (int w = threadIdx.x; w < params.num_plan_rows; w += kThreads) {
-        Boundary const begin = w < params.grid.num_workers ? boundaries[w] : Boundary{params.batch_size, 0, 0};
-        Boundary const end = w < params.grid.num_workers ? boundaries[w + 1] : begin;
+        Boundary const begin = w < grid.num_workers ? boundaries[w] : Boundary{params.batch_size, 0, 0};
+        Boundary const end = w < grid.num_workers ? boundaries[w + 1] : begin;
         WorkerRow row{begin.batch, begin.tile, begin.block, begin.batch, begin.tile, begin.block, 0, w};
         if (!(begin == end)) {
             if (end.cuts_a_tile()) {
                 row.end_batch = end.batch, row.end_tile = end.tile, row.end_block = end.block;
-                int64_t const tile_cost = (start[end.batch + 1] - start[end.batch]) / params.grid.tiles_per_request;
-                int64_t const tile_end = start[end.batch] + (end.tile + 1) * tile_cost;
-                row.last_worker = int((tile_end + quota - 1) / quota) - 1;
+                row.last_worker = last_worker_of(end);
             } else {
                 bool const first_tile = end.tile == 0;
                 row.end_batch = first_tile ? end.batch - 1 : end.batch;
-                row.end_tile = first_tile ? params.grid.tiles_per_request - 1 : end.tile - 1;
+                row.end_tile = first_tile ? grid.tiles_per_request - 1 : end.tile - 1;
                 row.end_block = num_blocks_of(params.cache_seqlens[row.end_batch]);
             }
             row.num_pieces =
-                (row.end_batch - row.begin_batch) * params.grid.tiles_per_request + row.end_tile - row.begin_tile + 1;
+                (row.end_batch - row.begin_batch) * grid.tiles_per_request + row.end_tile - row.begin_tile + 1;
         }
         rows[w] = row;
     }
 
     // Pieces before request i: its predecessors' tiles, and one more for every boundary that cuts one of them.
     for (int i = threadIdx.x; i <= params.batch_size; i += kThreads) {
-        int64_t const boundaries_before = start[i] > 0 ? (start[i] - 1) / quota : 0;
-        params.num_splits[i] =
-            i * params.grid.tiles_per_request + num_cuts[min(boundaries_before, int64_t(params.grid.num_workers))];
+        int64_t boundaries_before = start[i] > 0 ? (start[i] - 1) / quota : 0;
+        if (is_even) boundaries_before = max(i * grid.tiles_per_request * workers_per_tile - 1, int64_t(0));
+        params.num_splits[i] = i * grid.tiles_per_request + num_cuts[min(boundaries_before, int64_t(grid.num_workers))];
     }
 }
 

@@ -355,7 +355,8 @@ private:
         warpgroup_fence_operand(outputs);
     }
 
-    __device__ static int chunks_per_cta(int num_ctas) { return Traits::kLatentChunks / num_ctas; }
+    // Chunk c of the output is merged by CTA c % num_ctas().
+    __device__ int num_own_chunks() const { return (Traits::kLatentChunks - 1 - rank) / num_ctas() + 1; }
 
     // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
     __device__ void allow_sending() const {
@@ -363,7 +364,7 @@ private:
     }
 
     __device__ void expect_results(int num_active) const {
-        int const bytes_per_cta = chunks_per_cta(num_ctas()) * kRowTiles * 128 * sizeof(float4);
+        int const bytes_per_cta = num_own_chunks() * Traits::kVectorsPerChunk * sizeof(float4);
         shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float2));
     }
 
@@ -398,13 +399,12 @@ private:
                          float2{shared.reference[row], sum}, remote_address(barrier, target));
         }
         if (rank >= num_active) return;
-        int const chunks = chunks_per_cta(num_ctas());
 #pragma unroll
         for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-            int const chunk = group * Traits::kChunksPerGroup + m;
-            int const target = chunk / chunks, slot = (chunk % chunks) * num_ctas() + rank;
+            int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
+            int const target = chunk - own_chunk * num_ctas(), slot = own_chunk * num_ctas() + rank;
             uint32_t const remote =
-                remote_address(shared_address(shared.received[slot * kRowTiles * 128 + thread]), target);
+                remote_address(shared_address(shared.received[slot * Traits::kVectorsPerChunk + thread]), target);
             uint32_t const remote_barrier = remote_address(barrier, target);
 #pragma unroll
             for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -415,51 +415,52 @@ private:
         }
     }
 
-    // The 64-column chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
-    __device__ void merge(Piece const& piece, int num_active) const {
-        int const chunks = chunks_per_cta(num_ctas());
-        shared.barriers.received.wait(piece_count % 2);
+    // Weight of what each CTA has of a row, and the row's log2-sum-exp2: one thread per CTA and row.
+    __device__ void weigh(Piece const& piece) const {
+        int const row = thread % kRows;
 #pragma unroll 1
-        for (int i = group; i < chunks * kRowTiles; i += Traits::kNumGroups) {
-            int const chunk = i / kRowTiles, tile = i % kRowTiles;
-            // Of two rows each: (reference, sum, reference, sum).
-            float4 statistics[Traits::kMaxSplitCtas];
+        for (int sender = (group * 128 + thread) / kRows; sender < Traits::kMaxSplitCtas;
+             sender += Traits::kConsumerThreads / kRows) {
+            float2 from[Traits::kMaxSplitCtas];
 #pragma unroll
-            for (int sender = 0; sender < Traits::kMaxSplitCtas; ++sender) {
-                statistics[sender] = *reinterpret_cast<float4 const*>(
-                    &shared.received_statistics[sender][fragment_column(thread, tile)]);
-            }
-            float largest[2] = {kMinusInfinity, kMinusInfinity}, total[2] = {}, sum[4] = {};
+            for (int i = 0; i < Traits::kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
+            float largest = kMinusInfinity, total = 0.f;
 #pragma unroll
-            for (float4 const& each : statistics) {
-                largest[0] = fmaxf(largest[0], each.x), largest[1] = fmaxf(largest[1], each.z);
-            }
-            float const offset[2] = {largest[0] == kMinusInfinity ? 0.f : largest[0],
-                                     largest[1] == kMinusInfinity ? 0.f : largest[1]};
-            float4 const* const parts = shared.received + (chunk * num_ctas() * kRowTiles + tile) * 128 + thread;
+            for (float2 const& each : from) largest = fmaxf(largest, each.x);
+            float const offset = largest == kMinusInfinity ? 0.f : largest;
 #pragma unroll
-            for (int sender = 0; sender < Traits::kMaxSplitCtas; ++sender) {
-                float const weight[2] = {exp2_approx(statistics[sender].x - offset[0]),
-                                         exp2_approx(statistics[sender].z - offset[1])};
-                total[0] += weight[0] * statistics[sender].y;
-                total[1] += weight[1] * statistics[sender].w;
-                if (sender >= num_active) continue;
-                float4 const part = parts[sender * kRowTiles * 128];
-                add_weighted(sum[0], part.x, weight[0]);
-                add_weighted(sum[1], part.y, weight[1]);
-                add_weighted(sum[2], part.z, weight[0]);
-                add_weighted(sum[3], part.w, weight[1]);
+            for (float2 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
+            float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
+            shared.weight[sender][row] = exp2_approx(shared.received_statistics[sender][row].x - offset) * inverse;
+            if (rank == 0 && sender == 0) {
+                store_lse(piece, row, total == 0.f ? kMinusInfinity : log2f(total) + largest);
             }
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float const inverse = total[c] == 0.f ? 0.f : __fdividef(1.f, total[c]);
-                sum[c] *= inverse, sum[2 + c] *= inverse;
-                if (rank == 0 && chunk == 0 && thread < 4) {
-                    store_lse(piece, fragment_column(thread, tile) + c,
-                              total[c] == 0.f ? kMinusInfinity : log2f(total[c]) + largest[c]);
-                }
+        }
+    }
+
+    // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
+    __device__ void merge(Piece const& piece, int num_active) const {
+        shared.barriers.received.wait(piece_count % 2);
+        weigh(piece);
+        sync_consumers();
+#pragma unroll 1
+        for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
+            int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
+            float4 const* part =
+                shared.received + own_chunk * num_ctas() * Traits::kVectorsPerChunk + tile * 128 + thread;
+            float const* weight = &shared.weight[0][fragment_column(thread, tile)];
+            float sum[4] = {};
+#pragma unroll 4
+            for (int sender = 0; sender < num_active; ++sender) {
+                float4 const x = *part;
+                float2 const w = *reinterpret_cast<float2 const*>(weight);
+                add_weighted(sum[0], x.x, w.x);
+                add_weighted(sum[1], x.y, w.y);
+                add_weighted(sum[2], x.z, w.x);
+                add_weighted(sum[3], x.w, w.y);
+                part += Traits::kVectorsPerChunk, weight += kRows;
             }
-            store(piece, rank * chunks + chunk, tile, sum);
+            store(piece, own_chunk * num_ctas() + rank, tile, sum);
         }
     }
 

@@ -63,7 +63,10 @@ struct SwappedDecodeTraits {
     };
 
     // Results of a CTA for 64 columns: one float4 per tile of 8 rows and thread, as the accumulators hold them.
-    static constexpr int kReceivedVectors = kLatentChunks * kRowTiles * 128;
+    static constexpr int kVectorsPerChunk = kRowTiles * 128;
+    // 8 chunks go to 6 CTAs: two to some, from 6 each.
+    static constexpr int kMaxReceivedChunks = kRows <= 16 ? 12 : kLatentChunks;
+    static constexpr int kReceivedVectors = kMaxReceivedChunks * kVectorsPerChunk;
 
     // Where query rows and results have places of their own, the next query rows come while results are merged.
     static constexpr bool kHasRoomForBoth = kRows <= 16;
@@ -87,6 +90,7 @@ struct SwappedDecodeTraits {
         float rescale[kRows];
         float reference[kRows];                                        // log2
         alignas(16) float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
+        alignas(8) float weight[kMaxSplitCtas][kRows];
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
