@@ -10,7 +10,7 @@
 namespace flash_mla::sm90 {
 
 template <typename Traits>
-cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
+cudaError_t find_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     constexpr int64_t kElementBytes = sizeof(typename Traits::Element), kRowBytes = kHeadDim * kElementBytes;
     constexpr auto kType = Traits::kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     constexpr uint32_t kColumns = Traits::kChunkColumns;
@@ -24,9 +24,9 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const chunk{Traits::kLatentChunks, kColumns * kElementBytes, Traits::kChunksPerHalf};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
     cudaError_t const error =
-        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, token, chunk, head, page}});
+        find_tensor_map<5>(&maps->latent, {kType, params.k_cache, {{chunk_column, token, chunk, head, page}}});
     if (error != cudaSuccess) return error;
-    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, token, head, page}});
+    return find_tensor_map<4>(&maps->rope, {kType, params.k_cache, {{column, token, head, page}}});
 }
 
 // Raises a kernel's shared-memory limit, once per device.
@@ -47,7 +47,7 @@ cudaError_t allow_shared_memory(size_t bytes) {
 template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
     KMaps maps;
-    if (cudaError_t const error = encode_k_maps<Traits>(&maps, params); error != cudaSuccess) return error;
+    if (cudaError_t const error = find_k_maps<Traits>(&maps, params); error != cudaSuccess) return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)
