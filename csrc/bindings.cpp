@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ops/ops.h"
+#include "ops/plain_call.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,10 @@ py::dict build_info() {
     return info;
 }
 
+PyMethodDef fast_method(char const* name, _PyCFunctionFast function, char const* doc) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, doc};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
@@ -37,4 +42,15 @@ TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
     library.impl("append_kv", &flash_mla::append_kv);
 }
 
-PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "What the extension was built for, and with."); }
+PYBIND11_MODULE(_C, module) {
+    module.def("build_info", &build_info, "What the extension was built for, and with.");
+    // Plain C functions: what pybind11 does for each argument would eat up what these save.
+    static PyMethodDef methods[] = {
+        fast_method("describe_plain_call", &flash_mla::describe_plain_call,
+                    "What a plan for a call has to be made for; None for calls out of the ordinary."),
+        fast_method("dense_decode_plain", &flash_mla::dense_decode_plain,
+                    "(out, lse) of a call that the dispatcher would hand straight to the kernels; None for others."),
+        {nullptr, nullptr, 0, nullptr},
+    };
+    if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+}
