@@ -2,12 +2,17 @@
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <iterator>
 #include <string>
+#include <vector>
 
+#include "ops/device.h"
 #include "ops/ops.h"
+#include "ops/plain_call.h"
 
 namespace py = pybind11;
 
@@ -28,6 +33,10 @@ py::dict build_info() {
     return info;
 }
 
+PyMethodDef fast_method(char const* name, _PyCFunctionFast function, char const* doc) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, doc};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
@@ -37,4 +46,23 @@ TORCH_LIBRARY_IMPL(flash_mla, CUDA, library) {
     library.impl("append_kv", &flash_mla::append_kv);
 }
 
-PYBIND11_MODULE(_C, module) { module.def("build_info", &build_info, "What the extension was built for, and with."); }
+PYBIND11_MODULE(_C, module) {
+    module.def("build_info", &build_info, "What the extension was built for, and with.");
+    module.def(
+        "cluster_capacity",
+        [](int device) {
+            flash_mla::ClusterCapacity const& capacity =
+                flash_mla::cluster_capacity_of(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
+            return std::vector<int>(std::begin(capacity.num_clusters), std::end(capacity.num_clusters));
+        },
+        "How many clusters of CTAs a GPU runs at once, by their size; [1] are its SMs.");
+    // Plain C functions: what pybind11 does for each argument would eat up what these save.
+    static PyMethodDef methods[] = {
+        fast_method("describe_plain_call", &flash_mla::describe_plain_call,
+                    "What a plan for a call has to be made for; None for calls out of the ordinary."),
+        fast_method("dense_decode_plain", &flash_mla::dense_decode_plain,
+                    "(out, lse) of a call that the dispatcher would hand straight to the kernels; None for others."),
+        {nullptr, nullptr, 0, nullptr},
+    };
+    if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+}

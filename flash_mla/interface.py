@@ -202,8 +202,10 @@ def flash_mla_with_kvcache(
         )
     if softmax_scale is None:
         softmax_scale = _DEFAULT_SCALE
+    is_compiling = torch.compiler.is_compiling()
 
-    if isinstance(tile_scheduler_metadata, Tensor):
+    # The types are compared first as isinstance takes long to find that an object is no tensor.
+    if type(tile_scheduler_metadata) is not FlashMLASchedMeta and isinstance(tile_scheduler_metadata, Tensor):
         metadata = tile_scheduler_metadata
         if num_splits is None:
             raise ValueError("num_splits must be the tensor that came with tile_scheduler_metadata, got None")
@@ -213,7 +215,7 @@ def flash_mla_with_kvcache(
                 "num_splits must be None where tile_scheduler_metadata is a schedule object, "
                 f"got {type(num_splits).__name__}"
             )
-        metadata, num_splits = tensors_of_plan(tile_scheduler_metadata, q, k_cache, cache_seqlens)
+        metadata, num_splits = tensors_of_plan(tile_scheduler_metadata, q, k_cache, cache_seqlens, is_compiling)
     else:
         raise TypeError(
             "tile_scheduler_metadata must be what get_mla_metadata or get_mla_decoding_metadata returned, "
@@ -221,8 +223,12 @@ def flash_mla_with_kvcache(
         )
 
     arguments = (q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal)
-    if value_checks.ENABLED and q.is_cuda and not torch.compiler.is_compiling():
-        value_checks.check_values_unless_capturing(DecodeArguments(*arguments))
+    if not is_compiling:
+        if value_checks.ENABLED and q.is_cuda:
+            value_checks.check_values_unless_capturing(DecodeArguments(*arguments))
+        result = ops.dense_decode_plain(*arguments, out)
+        if result is not None:
+            return result
     if out is None:
         return ops.dense_decode(*arguments)
     return out, ops.dense_decode_out(*arguments, out=out)

@@ -37,6 +37,7 @@ Wrong dtypes raise TypeError, wrong shapes, strides, devices and values ValueErr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -118,7 +119,8 @@ torch.library.register_fake("flash_mla::dense_decode", _fake_dense_decode, lib=_
 torch.library.register_fake("flash_mla::dense_decode_out", _fake_dense_decode_out, lib=_library)
 torch.library.register_fake("flash_mla::append_kv", _fake_append_kv, lib=_library)
 
-if extension.load_extension().module is None:
+_module = extension.load_extension().module
+if _module is None:
     for _name in ("decode_schedule", "dense_decode", "dense_decode_out", "append_kv"):
         _library.impl(_name, _no_kernels, "CUDA")
 
@@ -127,3 +129,17 @@ decode_schedule = torch.ops.flash_mla.decode_schedule.default
 dense_decode = torch.ops.flash_mla.dense_decode.default
 dense_decode_out = torch.ops.flash_mla.dense_decode_out.default
 append_kv = torch.ops.flash_mla.append_kv.default
+
+
+def _not_plain(*arguments: object) -> None:
+    return None
+
+
+# Short cuts of the eager path, None for calls that are not plain: tensors that are not on the GPU or are more than
+# tensors, gradients, modes, tracing, profiling. They are no ops: not for code that is being compiled.
+# dense_decode_plain takes the arguments of dense_decode and out or None, by position, and returns (out, lse);
+# describe_plain_call takes q and k_cache and returns what plan.describe_call does.
+dense_decode_plain: Callable[..., tuple[Tensor, Tensor] | None]
+dense_decode_plain = getattr(_module, "dense_decode_plain", _not_plain)
+describe_plain_call: Callable[[Tensor, Tensor], tuple[int, int, int, bool] | None]
+describe_plain_call = getattr(_module, "describe_plain_call", _not_plain)

@@ -71,8 +71,12 @@ class FlashMLASchedMeta:
         raise AttributeError(f"FlashMLASchedMeta has no attribute {name!r}{hint}")
 
 
-def describe_call(q: Tensor, k_cache: Tensor) -> tuple[int, int, int, bool]:
+def describe_call(q: Tensor, k_cache: Tensor, is_compiling: bool) -> tuple[int, int, int, bool]:
     """What a plan has to be made for to serve this call: the fields of PlanConfig, in a tuple, which is made faster."""
+    if not is_compiling:
+        call = ops.describe_plain_call(q, k_cache)
+        if call is not None:
+            return call
     q_shape, k_shape = q.shape, k_cache.shape
     if len(q_shape) != 4:
         check_q_shape(q)
@@ -83,21 +87,24 @@ def describe_call(q: Tensor, k_cache: Tensor) -> tuple[int, int, int, bool]:
     if num_heads_kv < 1:
         check_head_counts(seqlen_q, num_heads_q, num_heads_kv)
     # Traced code is captured as a whole or not at all, so there the question does not arise.
-    in_graph_capture = q.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    in_graph_capture = q.is_cuda and not is_compiling and torch.cuda.is_current_stream_capturing()
     return batch_size, seqlen_q * num_heads_q // num_heads_kv, num_heads_kv, in_graph_capture
 
 
-def tensors_of_plan(plan: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def tensors_of_plan(
+    plan: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, is_compiling: bool
+) -> tuple[Tensor, Tensor]:
     """The tensors of a schedule object, planning first if it has none.
 
     Args:
         plan: a FlashMLASchedMeta, or any object with its attributes: serving frameworks define their own.
+        is_compiling: torch.compiler.is_compiling(), which costs an eager call more than to be handed on.
 
     A plan that an eager call made is made anew while a CUDA graph is captured, and the other way round: a graph must
     contain its planning, or replays would use the plan for the lengths of the warm-up; and the tensors of a plan inside
     a graph hold nothing before its first replay. Tensors that the caller has set are used as they are.
     """
-    call = describe_call(q, k_cache)
+    call = describe_call(q, k_cache, is_compiling)
     metadata, num_splits = plan.tile_scheduler_metadata, plan.num_splits
     if metadata is not None and num_splits is not None:
         made_for = plan.config

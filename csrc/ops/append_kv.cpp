@@ -54,7 +54,7 @@ void append_kv(Tensor const& kv_c, Tensor const& k_pe, Tensor& cache, Tensor con
     check_arguments(kv_c, k_pe, cache, slot_mapping);
     if (kv_c.size(0) == 0 || cache.size(0) == 0) return;
     c10::cuda::CUDAGuard const guard(cache.device());
-    num_sms_of(cache.device());  // an error on GPUs that the kernel was not compiled for
+    cluster_capacity_of(cache.device());  // an error on GPUs that the kernel was not compiled for
 
     int64_t const element_bytes = cache.element_size();
     bool const in_vectors = has_vector_rows(kv_c) && has_vector_rows(k_pe) && has_vector_rows(cache);

@@ -27,11 +27,12 @@ std::tuple<Tensor, Tensor> decode_schedule(Tensor const& cache_seqlens, int64_t 
                       num_heads_kv);
     c10::cuda::CUDAGuard const guard(cache_seqlens.device());
 
-    int const batch_size = int(cache_seqlens.size(0)), num_sms = num_sms_of(cache_seqlens.device());
+    int const batch_size = int(cache_seqlens.size(0));
+    ClusterCapacity const capacity = cluster_capacity_of(cache_seqlens.device());
     DecodeScheduleParams params{};
     params.batch_size = batch_size;
-    params.num_plan_rows = num_plan_rows(int(num_rows_per_head_kv), int(num_heads_kv), num_sms);
-    params.grid = worker_grid(batch_size, int(num_rows_per_head_kv), int(num_heads_kv), num_sms);
+    params.num_plan_rows = num_plan_rows(int(num_rows_per_head_kv), int(num_heads_kv), capacity.num_sms());
+    params.grid = worker_grid(batch_size, int(num_rows_per_head_kv), int(num_heads_kv), capacity);
     Tensor const metadata = at::empty({params.num_plan_rows, kWorkerRowInts}, cache_seqlens.options());
     Tensor const num_splits = at::empty({batch_size + 1}, cache_seqlens.options());
     params.cache_seqlens = cache_seqlens.const_data_ptr<int>();

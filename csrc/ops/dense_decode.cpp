@@ -1,6 +1,7 @@
 #include "kernels/sm90/dense_decode/dense_decode.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "kernels/sm90/swapped_decode/swapped_decode.h"
@@ -101,15 +103,21 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
     return params;
 }
 
+// What at::empty comes to on a GPU, without the two dispatches on the way.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+    return Tensor(at::detail::empty_cuda(sizes, type, device, std::nullopt));
+}
+
 Tensor run(Arguments const& a, Tensor const& out) {
     c10::cuda::CUDAGuard const guard(a.q.device());
-    Tensor const lse = at::empty({a.q.size(0), a.q.size(2), a.q.size(1)}, a.q.options().dtype(at::kFloat));
+    Tensor const lse = empty({a.q.size(0), a.q.size(2), a.q.size(1)}, at::kFloat, a.q.device());
     if (a.q.size(0) == 0) return lse;
 
     int const num_rows_per_head_kv = int(a.q.size(1) * a.q.size(2) / a.k_cache.size(2));
-    int const num_heads_kv = int(a.k_cache.size(2)), num_sms = num_sms_of(a.q.device());
-    check_plan(a, num_plan_rows(num_rows_per_head_kv, num_heads_kv, num_sms));
-    WorkerGrid const grid = worker_grid(int(a.q.size(0)), num_rows_per_head_kv, num_heads_kv, num_sms);
+    int const num_heads_kv = int(a.k_cache.size(2));
+    ClusterCapacity const capacity = cluster_capacity_of(a.q.device());
+    check_plan(a, num_plan_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms()));
+    WorkerGrid const grid = worker_grid(int(a.q.size(0)), num_rows_per_head_kv, num_heads_kv, capacity);
     DenseDecodeParams params = make_params(a, grid);
     params.out = out.mutable_data_ptr();
     params.out_batch_stride = stride_of(out, 0);
@@ -117,9 +125,10 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.out_head_stride = stride_of(out, 2);
     params.lse = lse.mutable_data_ptr<float>();
 
-    int64_t const partial_rows = int64_t(num_partial_slots(grid.num_workers)) * grid.num_lanes * grid.rows_per_tile;
-    Tensor const partial = at::empty({partial_rows * (kHeadDimV + 1)}, lse.options());
-    params.out_partial = partial.mutable_data_ptr<float>();
+    int64_t const partial_rows = num_partial_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    at::DataPtr const partial =
+        c10::cuda::CUDACachingAllocator::get()->allocate(partial_rows * (kHeadDimV + 1) * sizeof(float));
+    params.out_partial = static_cast<float*>(partial.get());
     params.lse_partial = params.out_partial + partial_rows * kHeadDimV;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
@@ -127,7 +136,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
                                      : sm90::launch_dense_decode(params, type, stream));
-    if (!getenv("X_NOCOMBINE")) C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
+    C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
     return lse;
 }
 
@@ -139,7 +148,7 @@ std::tuple<Tensor, Tensor> dense_decode(Tensor const& q, Tensor const& k_cache, 
     Arguments const arguments{q,          k_cache,       block_table, cache_seqlens, tile_scheduler_metadata,
                               num_splits, softmax_scale, causal};
     check_arguments(arguments);
-    Tensor const out = at::empty({q.size(0), q.size(1), q.size(2), kHeadDimV}, q.options());
+    Tensor const out = empty({q.size(0), q.size(1), q.size(2), kHeadDimV}, q.scalar_type(), q.device());
     return {out, run(arguments, out)};
 }
 

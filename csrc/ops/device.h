@@ -3,9 +3,11 @@
 
 #include <c10/core/Device.h>
 
+#include "params/work_division.h"
+
 namespace flash_mla {
 
-// Number of SMs of a GPU the kernels run on; a RuntimeError for any other.
-int num_sms_of(c10::Device const& device);
+// What runs at once on a GPU that the kernels run on; a RuntimeError for any other.
+ClusterCapacity const& cluster_capacity_of(c10::Device const& device);
 
 }  // namespace flash_mla

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 namespace flash_mla {
 
@@ -15,63 +14,85 @@ inline constexpr int kBlockM = 64;     // query rows per CTA
 inline constexpr int kMaxLanes = 8;    // CTAs that share one stretch of KV blocks
 inline constexpr int kHeadDim = 576;   // 512 latent + 64 RoPE
 inline constexpr int kHeadDimV = 512;  // the latent part, read again as V
+inline constexpr int kMaxSplitCtas = 8;
+inline constexpr int kMaxSmallRequests = 2;  // as many long rows of 33 to 128 query rows the swapped kernel serves
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// CTAs that a GPU runs at once, one per SM: how many clusters of each size. A cluster has its SMs in one part of the
+// GPU, so that the larger they are, the more SMs stay idle.
+struct ClusterCapacity {
+    int num_clusters[kMaxSplitCtas + 1];  // by size, from 1
+
+    constexpr int num_sms() const { return num_clusters[1]; }
+};
+
 struct WorkerGrid {
     int num_lanes;
-    int num_workers;  // that get work; a plan may have more rows
-    int tiles_per_request;
-    int lane_groups;    // ceil(tiles of one kv head's query rows / num_lanes)
-    int rows_per_tile;  // query rows per CTA: kBlockM for the dense decode kernel, fewer for the swapped one
-    int split_ctas;     // CTAs of a lane that share out the KV blocks of a stretch, a cluster
-    int split_overhead_blocks, min_blocks_per_split;  // the cost model: what starting a piece costs, and the least that
-                                                      // is worth a split
+    int num_workers;        // that get work; a plan may have more rows
+    int tiles_per_request;  // tiles of a plan: groups of num_lanes tiles of query rows
+    int lane_groups;        // of one kv head
+    int rows_per_tile;      // query rows per CTA: kBlockM for the dense decode kernel, fewer for the swapped one
+    int split_ctas;         // CTAs, a cluster, that share out the KV blocks of a lane
+    // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split.
+    int split_overhead_blocks, min_blocks_per_split;
 
     constexpr bool is_swapped() const { return rows_per_tile < kBlockM; }
 };
 
-// Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling SMs.
-constexpr WorkerGrid group_lanes(int num_rows_per_head_kv, int num_heads_kv, int num_sms, int rows_per_tile,
-                                 int split_ctas, int split_overhead_blocks, int min_blocks_per_split) {
-    int const m_tiles = ceil_div(num_rows_per_head_kv, rows_per_tile);
+// Tiles of 64 rows. Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling
+// SMs.
+constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
+    int const m_tiles = ceil_div(num_rows_per_head_kv, kBlockM);
     int best = 1;
     if (m_tiles > 1) {
         long best_workers = 0, best_groups = 1;
-        for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes * split_ctas <= num_sms; ++lanes) {
-            long const workers = num_sms / (lanes * split_ctas), groups = ceil_div(m_tiles, lanes);
+        for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes <= num_sms; ++lanes) {
+            long const workers = num_sms / lanes, groups = ceil_div(m_tiles, lanes);
             if (workers * best_groups >= best_workers * groups) {
                 best = lanes, best_workers = workers, best_groups = groups;
             }
         }
     }
     int const groups = ceil_div(m_tiles, best);
-    return {best,       num_sms / (best * split_ctas), num_heads_kv * groups, groups, rows_per_tile,
-            split_ctas, split_overhead_blocks,         min_blocks_per_split};
+    return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, 5, 2};
 }
 
-// Rows of a plan: as many workers as there are at most.
-constexpr int num_plan_rows(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
-    return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, kBlockM, 1, 5, 2).num_workers;
-}
-
-inline WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
-    auto env = [](char const* name, int value) {
-        char const* s = getenv(name);
-        return s ? atoi(s) : value;
+// Tiles of 16 or 32 rows, all of a request side by side; as many CTAs to each as keep all requests in flight.
+constexpr WorkerGrid swapped_grid(int num_requests, int num_rows_per_head_kv, int num_heads_kv,
+                                  ClusterCapacity const& capacity) {
+    int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
+    int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
+    int split_ctas = kMaxSplitCtas;
+    auto const is_too_large = [&](int size) {
+        bool const divides = size == 8 || size == 4 || size == 2;
+        bool const has_place = divides || (rows_per_tile == 16 && (size == 6 || size == 3));
+        return !has_place || capacity.num_clusters[size] / lanes < num_requests;
     };
-    int const requests = batch_size * num_heads_kv;
-    int rows = num_rows_per_head_kv <= 16 ? 16 : num_rows_per_head_kv <= 32 || requests <= 4 ? 32 : 64;
-    rows = env("X_ROWS", rows);
-    if (rows == 64) return group_lanes(num_rows_per_head_kv, num_heads_kv, num_sms, kBlockM, 1, 5, 2);
-    int const CL[] = {0, 132, 66, env("X_CL3", 43), 30, 26, env("X_CL6", 20), 18, 15};
-    int split = 8;
-    while (split > 1 && (CL[split] < requests || split == 5 || split == 7)) --split;
-    split = env("X_SPLIT", split);
-    int const lanes = env("X_LANES", 0);
-    WorkerGrid g = group_lanes(num_rows_per_head_kv, num_heads_kv, CL[split] * split, rows, split, env("X_OVER", 2) * split, env("X_MIN", 1) * split);
-    if (lanes) { g.num_lanes = lanes; g.num_workers = CL[split] / lanes; g.lane_groups = ceil_div(ceil_div(num_rows_per_head_kv, rows), lanes); g.tiles_per_request = num_heads_kv * g.lane_groups; }
-    return g;
+    while (split_ctas > 1 && is_too_large(split_ctas)) --split_ctas;
+    return {lanes,          capacity.num_clusters[split_ctas] / lanes,
+            num_heads_kv,   1,
+            rows_per_tile,  split_ctas,
+            2 * split_ctas, 2 * split_ctas};
+}
+
+constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
+                                 ClusterCapacity const& capacity) {
+    int const num_requests = batch_size * num_heads_kv;
+    bool const has_few_rows = num_rows_per_head_kv <= 32;
+    bool const is_small = num_rows_per_head_kv <= kMaxLanes * 16 && num_requests <= kMaxSmallRequests;
+    if ((has_few_rows || is_small) && capacity.num_sms() >= kMaxLanes)
+        return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
+    return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+}
+
+// Rows of a plan and of partial results, enough for every batch size.
+constexpr int num_plan_rows(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
+    return dense_grid(num_rows_per_head_kv, num_heads_kv, num_sms).num_workers;
+}
+constexpr int64_t num_partial_rows(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
+    WorkerGrid const grid = dense_grid(num_rows_per_head_kv, num_heads_kv, num_sms);
+    return int64_t(2) * grid.num_workers * grid.num_lanes * kBlockM;
 }
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.
@@ -89,6 +110,5 @@ inline constexpr int kWorkerRowInts = sizeof(WorkerRow) / sizeof(int);
 
 // Where partial results of a worker's first piece live, and of its last one where that is another.
 constexpr int partial_slot(int worker, bool first_piece) { return 2 * worker + (first_piece ? 0 : 1); }
-constexpr int num_partial_slots(int num_workers) { return 2 * num_workers; }
 
 }  // namespace flash_mla

@@ -11,7 +11,7 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
     KMaps maps;
-    if (cudaError_t const error = encode_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)

@@ -16,7 +16,7 @@ struct KMaps {
 };
 
 template <bool kIsBFloat16>
-cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
+cudaError_t find_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     constexpr int64_t kElementBytes = 2, kRowBytes = kHeadDim * kElementBytes;
     constexpr auto kType = kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     constexpr uint32_t kColumns = kKChunkColumns;
@@ -30,9 +30,9 @@ cudaError_t encode_k_maps(KMaps* maps, DenseDecodeParams const& params) {
     TensorMapAxis const chunk{kKLatentChunks, kColumns * kElementBytes, kKLatentChunks / 2};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};
     cudaError_t const error =
-        encode_tensor_map<5>(&maps->latent, kType, params.k_cache, {{chunk_column, token, chunk, head, page}});
+        find_tensor_map<5>(&maps->latent, {kType, params.k_cache, {{chunk_column, token, chunk, head, page}}});
     if (error != cudaSuccess) return error;
-    return encode_tensor_map<4>(&maps->rope, kType, params.k_cache, {{column, token, head, page}});
+    return find_tensor_map<4>(&maps->rope, {kType, params.k_cache, {{column, token, head, page}}});
 }
 
 }  // namespace flash_mla::sm90

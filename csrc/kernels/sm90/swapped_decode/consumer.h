@@ -371,7 +371,7 @@ private:
     // What CTAs that do not exist have seen: no key.
     __device__ void clear_statistics() const {
         int const i = group * 128 + thread;
-        if (i >= num_ctas() * kRows && i < Traits::kMaxSplitCtas * kRows)
+        if (i >= num_ctas() * kRows && i < kMaxSplitCtas * kRows)
             shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
     }
 
@@ -419,11 +419,11 @@ private:
     __device__ void weigh(Piece const& piece) const {
         int const row = thread % kRows;
 #pragma unroll 1
-        for (int sender = (group * 128 + thread) / kRows; sender < Traits::kMaxSplitCtas;
+        for (int sender = (group * 128 + thread) / kRows; sender < kMaxSplitCtas;
              sender += Traits::kConsumerThreads / kRows) {
-            float2 from[Traits::kMaxSplitCtas];
+            float2 from[kMaxSplitCtas];
 #pragma unroll
-            for (int i = 0; i < Traits::kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
+            for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
             float largest = kMinusInfinity, total = 0.f;
 #pragma unroll
             for (float2 const& each : from) largest = fmaxf(largest, each.x);

@@ -11,7 +11,7 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t stream) {
     KMaps maps;
-    if (cudaError_t const error = encode_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     if (cudaError_t const error = allow_shared_memory<swapped_decode_kernel<Traits>>(kSharedBytes);
         error != cudaSuccess)
@@ -27,6 +27,25 @@ cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t
     config.attrs = attributes;
     config.numAttrs = 2;
     return cudaLaunchKernelEx(&config, swapped_decode_kernel<Traits>, params, maps);
+}
+
+// Clusters of so many CTAs that a GPU runs at once.
+template <typename Traits>
+cudaError_t count_clusters(int* num_clusters, int split_ctas) {
+    constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
+    if (cudaError_t const error = allow_shared_memory<swapped_decode_kernel<Traits>>(kSharedBytes);
+        error != cudaSuccess)
+        return error;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {1, 1, unsigned(split_ctas)};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1, 1, split_ctas);
+    config.blockDim = dim3(Traits::kNumThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaOccupancyMaxActiveClusters(num_clusters, swapped_decode_kernel<Traits>, &config);
 }
 
 template <typename Element>

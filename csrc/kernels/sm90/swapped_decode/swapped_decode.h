@@ -19,4 +19,7 @@ inline cudaError_t launch_swapped_decode(DenseDecodeParams const& params, Elemen
                                           : launch_swapped_decode<ElementType::kFloat16>(params, stream);
 }
 
+// Of the current device.
+cudaError_t ask_cluster_capacity(ClusterCapacity* capacity);
+
 }  // namespace flash_mla::sm90

@@ -20,7 +20,6 @@ struct SwappedDecodeTraits {
     static constexpr int kNumGroups = 2;  // of consumers, a warpgroup each
     static constexpr int kConsumerThreads = kNumGroups * 128;
     static constexpr int kNumThreads = kConsumerThreads + 32;  // and a warp that loads
-    static constexpr int kMaxSplitCtas = 8;
 
     static constexpr int kNumStages = 2;  // of KV blocks
     static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
