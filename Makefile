@@ -4,11 +4,12 @@
 #   make test      lint, then all tests (those that need a GPU are skipped where there is none)
 #   make docs      build the documentation as a site, in site/
 #   make sanitize  run the kernels under compute-sanitizer, on a GPU
+#   make faults    plant faults in the kernels, and see that compute-sanitizer finds them
 #
 # PYTHON          interpreter that the environment is made from (python3)
 # VENV            the environment (.venv)
 # FLASH_MLA_CUDA  0: no CUDA kernels; 1: fail where they cannot be built; else they are built if possible
-# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS, SANITIZE_ARGS  passed on
+# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS, SANITIZE_ARGS, FAULTS_ARGS  passed on
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ BUILT := $(VENV)/built-$(FLASH_MLA_CUDA)
 BUILD_SOURCES := setup.py pyproject.toml flash_mla/_version.py $(wildcard build_tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' \) 2>/dev/null)
 
-.PHONY: demo test build lint format bench docs sanitize clean distclean
+.PHONY: demo test build lint format bench docs sanitize faults clean distclean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -56,6 +57,9 @@ docs: $(REQUIREMENTS)
 
 sanitize: build
 	@$(BIN)/python -m build_tools.sanitize $(SANITIZE_ARGS)
+
+faults: build
+	@$(BIN)/python -m build_tools.planted_faults $(FAULTS_ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -7,9 +7,6 @@ result file is rewritten after every measurement, so that an interrupted run kee
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +20,12 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.inputs import CachePool, Inputs, check_result, compare_results
-from benchmarks.machine import GpuMonitor, current_commit, describe_gpu, describe_versions
+from benchmarks.machine import GpuMonitor, describe_gpu
 from benchmarks.model import decode_work
 from benchmarks.peers import DEFAULT_PEERS, PEERS, Decoder, Peer, load_peers
+from benchmarks.record import describe_run, save_json
 from benchmarks.shapes import PRESETS, Shape, select_shapes
 from benchmarks.timer import GraphTimer, TimerSettings, Timing
-
-FORMAT = 1
 
 
 class DeviceLost(Exception):
@@ -158,21 +154,10 @@ def _outcome(measured: dict[str, Any]) -> str:
     return f"{measured['short_us']:.1f}" + ("" if sustained is None else f" / {sustained:.1f}") + " µs"
 
 
-def save_json(record: dict[str, Any], path: Path) -> None:
-    """Replace the file whole: a reader or an interruption never finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
-
-
 def new_record(options: argparse.Namespace, peers: Sequence[Peer], unavailable: dict[str, str]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": current_commit(),
+        **describe_run(),
         "shapes": options.shapes,
-        "versions": describe_versions(),
         "peer_versions": {peer.name: peer.version for peer in peers},
         "unavailable": unavailable,
         "gpu": {},

@@ -1,15 +1,16 @@
 """Runs tests/sanitized_cases.py under the tools of compute-sanitizer, which watch the kernels of this package only.
 
-    python -m build_tools.sanitize [memcheck | racecheck | synccheck | initcheck ...]
+    python -m build_tools.sanitize [memcheck | racecheck | synccheck | initcheck ...] [--case "whole tiles" ...]
 
-All four without arguments. Needs an sm_90 GPU, the built kernels, and compute-sanitizer of a CUDA 13 toolkit, in
-CUDA_HOME, on PATH or in /usr/local/cuda.
+All four, and all cases, without arguments. Needs an sm_90 GPU, the built kernels, and compute-sanitizer of a CUDA 13
+toolkit, in CUDA_HOME, on PATH or in /usr/local/cuda.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,19 +27,22 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OWN_KERNELS = "dense_decode|split_kv_combine|decode_schedule|append_kv"
 # More than any CTA of them has.
 NUM_CUDA_BARRIERS = 64
+NOT_FOUND = "compute-sanitizer was not found in CUDA_HOME, on PATH or in /usr/local/cuda"
 
 
-def command(sanitizer: str, tool: str, python: str = sys.executable) -> list[str]:
+def command(sanitizer: str, tool: str, cases: Sequence[str] = (), print_limit: int = 0) -> list[str]:
+    """The sanitizer, its options, this Python, what it runs; a print limit of 0 is none."""
     options = [
         *("--tool", tool),
         *("--kernel-name", f"regex={OWN_KERNELS}"),
         *("--error-exitcode", "1"),
-        *("--print-limit", "0"),
+        *("--print-limit", str(print_limit)),
         *("--num-cuda-barriers", str(NUM_CUDA_BARRIERS)),
     ]
     if tool == "racecheck":
         options += ["--racecheck-report", "all"]
-    return [sanitizer, *options, python, str(ROOT / "tests" / "sanitized_cases.py")]
+    program = [sys.executable, str(ROOT / "tests" / "sanitized_cases.py")]
+    return [sanitizer, *options, *program, *(argument for case in cases for argument in ("--case", case))]
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -57,18 +61,22 @@ def find_sanitizer(environ: Mapping[str, str] = os.environ) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", metavar="tool", help="|".join(TOOLS))
-    tools = parser.parse_args(arguments).tools or list(TOOLS)
+    parser.add_argument("--case", dest="cases", action="append", default=[], metavar="NAME", help="one of the cases")
+    parser.add_argument("--print-limit", type=int, default=0, metavar="N", help="reports to print; 0: all")
+    options = parser.parse_args(arguments)
+    tools = options.tools or list(TOOLS)
     if unknown := [tool for tool in tools if tool not in TOOLS]:
         parser.error(f"tool must be one of {', '.join(TOOLS)}, got {unknown[0]}")
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        print("error: compute-sanitizer was not found in CUDA_HOME, on PATH or in /usr/local/cuda", file=sys.stderr)
+        print(f"error: {NOT_FOUND}", file=sys.stderr)
         return 2
     failed = []
     for tool in tools:
-        print(f"{tool}: {' '.join(command(sanitizer, tool))}", flush=True)
+        tool_command = command(sanitizer, tool, options.cases, options.print_limit)
+        print(f"{tool}: {shlex.join(tool_command)}", flush=True)
         begin = time.monotonic()
-        process = subprocess.run(command(sanitizer, tool), cwd=ROOT, env=environment())
+        process = subprocess.run(tool_command, cwd=ROOT, env=environment())
         if process.returncode != 0:
             failed.append(tool)
         result = "clean" if process.returncode == 0 else f"failed with {process.returncode}"

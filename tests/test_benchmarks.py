@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import decode, machine, peers, plot, report
+import flash_mla
+from benchmarks import append, decode, machine, peers, plot, report
 from benchmarks.__main__ import COMMANDS
 from benchmarks.ceilings import READ_BYTES, WORDS_PER_PROGRAM, Ceilings
 from benchmarks.inputs import CachePool, check_result, compare_results, expected_result, sampled_requests
@@ -218,6 +219,8 @@ class TestInputs:
 class FakeTimer:
     """Gives times without a GPU; the calls are made once so that failures show."""
 
+    settings = TimerSettings()
+
     def __init__(self, times):
         self.times = iter(times)
         self.copies = []
@@ -357,6 +360,35 @@ class TestDecode:
         monkeypatch.delenv("FLASH_MLA_COMMIT", raising=False)
         commit = machine.current_commit()
         assert commit == "unknown" or len(commit.rstrip("+")) == 12
+
+
+class TestAppend:
+    def test_record(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setenv("FLASH_MLA_COMMIT", "0123456789ab")
+        record, path, seen = append.new_record(), tmp_path / "deep" / "result.json", []
+        record["ceilings"] = {"copy_gbytes_per_s": 4.608}
+        timer = FakeTimer([2.0, 4.0])
+
+        def save():
+            decode.save_json(record, path)
+            seen.append(len(json.loads(path.read_text())["results"]))
+
+        append.run_benchmark([2, 3], record, save, lambda tokens: append.measure_append(timer, tokens, 1 << 12, "cpu"))
+        assert seen == [1, 2] and json.loads(path.read_text()) == record
+        assert record["commit"] == "0123456789ab" and record["versions"]["torch"] == torch.__version__
+        first, second = record["results"]
+        # A token has 1152 bytes, which are read and written.
+        assert (first["num_tokens"], first["short_us"]) == (2, 2.0) and first["gbytes_per_s"] == pytest.approx(2.304)
+        assert second["gbytes_per_s"] == pytest.approx(1.728) and second["sustained_us"] is None
+        assert capsys.readouterr().out.splitlines()[1:] == [
+            "     2    2.00       2          50%",
+            "     3    4.00       2          38%",
+        ]
+
+    def test_needs_the_kernels(self, monkeypatch, capsys):
+        monkeypatch.setattr(flash_mla, "unavailable_reason", lambda: "there is no GPU")
+        assert append.main([]) == 2
+        assert capsys.readouterr().err == "error: there is no GPU\n"
 
 
 class TestReport:

@@ -86,6 +86,25 @@ def test_missing_sanitizer_is_reported(tmp_path, monkeypatch, capsys):
     assert "compute-sanitizer was not found" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [CASES[0].name, f"append, {APPEND_CASES[0].name}"])
+def test_one_case(name, tmp_path, monkeypatch, capfd):
+    """The name comes through to the cases, of which only that one runs."""
+    pretend_sanitizer(tmp_path, 'while [ "$1" != --case ]; do shift; done; echo "case $2"')
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert sanitize.main(["racecheck", "--case", name]) == 0
+    assert f"\ncase {name}\n" in capfd.readouterr().out
+    assert sanitized_cases.main(["--device", "cpu", "--case", name]) == 0
+    ran = capfd.readouterr().out.splitlines()
+    assert ran and all(re.fullmatch(rf"{name}(, \w+)?: ok", line) for line in ran)
+
+
+def test_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sanitized_cases.main(["--device", "cpu", "--case", "nothing"])
+    assert "--case: must be one of whole tiles; " in capsys.readouterr().err
+
+
 def test_command_watches_our_kernels_with_this_python():
     for tool in sanitize.TOOLS:
         command = sanitize.command("compute-sanitizer", tool)
