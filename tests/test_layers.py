@@ -27,7 +27,8 @@ PRIMITIVES = "kernels/sm90/primitives"
 
 # What each module of the package may import is what stands before it.
 PYTHON_LAYERS = (
-    {"_version", "extension", "schedule"},
+    {"_version", "extension"},
+    {"schedule"},
     {"checks"},
     {"merge", "value_checks"},
     {"cpu"},

@@ -59,7 +59,7 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
 }
 
 // Tiles of 16 or 32 rows, all of a request side by side; as many CTAs to each as keep all requests in flight.
-constexpr WorkerGrid swapped_grid(int num_requests, int num_rows_per_head_kv, int num_heads_kv,
+constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
     int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
@@ -78,7 +78,8 @@ constexpr WorkerGrid swapped_grid(int num_requests, int num_rows_per_head_kv, in
 
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
-    int const num_requests = batch_size * num_heads_kv;
+    int64_t const product = int64_t(batch_size) * num_heads_kv;
+    int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
     bool const has_few_rows = num_rows_per_head_kv <= 32;
     bool const is_small = num_rows_per_head_kv <= kMaxLanes * 16 && num_requests <= kMaxSmallRequests;
     if ((has_few_rows || is_small) && capacity.num_sms() >= kMaxLanes)
