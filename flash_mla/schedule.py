@@ -18,18 +18,23 @@ from flash_mla import extension
 PAGE_SIZE = 64  # tokens per page, and per KV block
 BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
-MAX_SPLIT_CTAS = 8  # CTAs that share out the KV blocks of a lane
-MAX_SMALL_REQUESTS = 2  # as many long rows of 33 to 128 query rows the swapped kernel serves
+MAX_SPLIT_CTAS = 8  # CTAs of a cluster that shares out KV blocks
 METADATA_COLUMNS = 8
 
-_SPLIT_OVERHEAD_BLOCKS = 5  # of the dense decode kernel
-_MIN_BLOCKS_PER_SPLIT = 2
-_SPLIT_OVERHEAD_BLOCKS_PER_CTA = 2  # of the swapped one
-_MIN_BLOCKS_PER_SPLIT_AND_CTA = 2
-_FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
-_MAX_SMALL_ROWS = MAX_LANES * _FEW_ROWS
-# Sizes of clusters by rows per CTA: merging has to fit their shared memory.
-_SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
+# Query rows that the swapped kernel serves, always, and where there are few requests (times KV heads).
+MAX_SWAPPED_ROWS = 32
+MAX_SWAPPED_ROWS_OF_FEW = 128
+FEW_REQUESTS = 1
+
+# The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
+# are per CTA of a cluster.
+DENSE_SPLIT_OVERHEAD = 5
+DENSE_MIN_SPLIT = 2
+SWAPPED_SPLIT_OVERHEAD = 2
+SWAPPED_MIN_SPLIT = 2
+
+# Sizes of clusters by query rows per CTA, the largest first: what their CTAs merge has to fit the shared memory.
+_SPLIT_CTAS = {16: (8, 6, 4, 3, 2), 32: (8, 4, 2)}
 
 
 class ClusterCapacity(NamedTuple):
@@ -55,7 +60,6 @@ class WorkerGrid(NamedTuple):
     lane_groups: int  # of one KV head
     rows_per_tile: int  # query rows per CTA
     split_ctas: int  # CTAs, a cluster, that share out the KV blocks of a lane
-    # The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split.
     split_overhead_blocks: int
     min_blocks_per_split: int
 
@@ -94,16 +98,16 @@ def dense_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> Wo
         lane_groups=groups,
         rows_per_tile=BLOCK_M,
         split_ctas=1,
-        split_overhead_blocks=_SPLIT_OVERHEAD_BLOCKS,
-        min_blocks_per_split=_MIN_BLOCKS_PER_SPLIT,
+        split_overhead_blocks=DENSE_SPLIT_OVERHEAD,
+        min_blocks_per_split=DENSE_MIN_SPLIT,
     )
 
 
 def swapped_grid(
     num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """Tiles of 16 or 32 rows, all of a request side by side; as many CTAs to each as keep all requests in flight."""
-    rows_per_tile = _FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS
+    """Tiles of 16 or 32 rows, all of a request side by side, and as large clusters as leave one for every request."""
+    rows_per_tile = 16 if num_rows_per_head_kv <= 16 else 32
     num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
     split_ctas = 1
     for size in _SPLIT_CTAS[rows_per_tile]:
@@ -117,8 +121,8 @@ def swapped_grid(
         lane_groups=1,
         rows_per_tile=rows_per_tile,
         split_ctas=split_ctas,
-        split_overhead_blocks=_SPLIT_OVERHEAD_BLOCKS_PER_CTA * split_ctas,
-        min_blocks_per_split=_MIN_BLOCKS_PER_SPLIT_AND_CTA * split_ctas,
+        split_overhead_blocks=SWAPPED_SPLIT_OVERHEAD * split_ctas,
+        min_blocks_per_split=SWAPPED_MIN_SPLIT * split_ctas,
     )
 
 
@@ -133,9 +137,9 @@ def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, c
     """
     # A plan for no requests has workers too.
     num_requests = max(batch_size * num_heads_kv, 1)
-    has_few_rows = num_rows_per_head_kv <= _MORE_ROWS
-    is_small = num_rows_per_head_kv <= _MAX_SMALL_ROWS and num_requests <= MAX_SMALL_REQUESTS
-    if (has_few_rows or is_small) and capacity.num_sms >= MAX_LANES:
+    max_rows = MAX_SWAPPED_ROWS_OF_FEW if num_requests <= FEW_REQUESTS else MAX_SWAPPED_ROWS
+    has_sms = capacity.num_sms >= -(-MAX_SWAPPED_ROWS_OF_FEW // MAX_SWAPPED_ROWS)
+    if num_rows_per_head_kv <= max_rows and has_sms:
         return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
     return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
 

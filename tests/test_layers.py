@@ -138,13 +138,20 @@ def test_integration_imports_only_its_framework(path):
 
 def test_constants_are_the_same_on_host_and_device():
     text = (CSRC / "params" / "work_division.h").read_text()
-    of_device = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+    definitions = re.findall(r"constexpr int (k\w+ = \d+(?:, k\w+ = \d+)*);", text)
+    of_device = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", " ".join(definitions))}
     assert of_device == {
         "kPageSize": schedule.PAGE_SIZE,
         "kBlockM": schedule.BLOCK_M,
         "kMaxLanes": schedule.MAX_LANES,
         "kMaxSplitCtas": schedule.MAX_SPLIT_CTAS,
-        "kMaxSmallRequests": schedule.MAX_SMALL_REQUESTS,
+        "kMaxSwappedRows": schedule.MAX_SWAPPED_ROWS,
+        "kMaxSwappedRowsOfFew": schedule.MAX_SWAPPED_ROWS_OF_FEW,
+        "kFewRequests": schedule.FEW_REQUESTS,
+        "kDenseSplitOverhead": schedule.DENSE_SPLIT_OVERHEAD,
+        "kDenseMinSplit": schedule.DENSE_MIN_SPLIT,
+        "kSwappedSplitOverhead": schedule.SWAPPED_SPLIT_OVERHEAD,
+        "kSwappedMinSplit": schedule.SWAPPED_MIN_SPLIT,
         "kHeadDim": checks.HEAD_DIM,
         "kHeadDimV": checks.HEAD_DIM_V,
     }

@@ -7,18 +7,19 @@
 namespace flash_mla {
 
 struct TilePlace {
-    int head_kv, first_row;  // of the request and kv head; beyond the last one: this lane has nothing to do
+    int head_kv, m_tile;  // beyond the last row of the kv head: this lane has nothing to do
 };
-constexpr TilePlace tile_place(WorkerGrid const& grid, int tile, int lane, int rows_per_tile) {
-    return {tile / grid.lane_groups, (tile % grid.lane_groups * grid.num_lanes + lane) * rows_per_tile};
+constexpr TilePlace tile_place(WorkerGrid const& grid, int tile, int lane) {
+    return {tile / grid.lane_groups, tile % grid.lane_groups * grid.num_lanes + lane};
 }
 
 struct QueryRow {
     int token, head_q;
     bool exists;
 };
-constexpr QueryRow query_row(DenseDecodeParams const& params, TilePlace const& place, int row_in_tile) {
-    int const row = place.first_row + row_in_tile;
+constexpr QueryRow query_row(DenseDecodeParams const& params, TilePlace const& place, int row_in_tile,
+                             int rows_per_tile = kBlockM) {
+    int const row = place.m_tile * rows_per_tile + row_in_tile;
     int const token = row / params.heads_per_group;
     int const head_q = place.head_kv * params.heads_per_group + row - token * params.heads_per_group;
     return {token, head_q, row < params.rows_per_head_kv};

@@ -2,20 +2,31 @@
 // buffers for it. flash_mla/schedule.py is the host twin; tests hold the two together bit for bit.
 //
 // Work is a line: for every request, for every tile of the request, its KV blocks. A worker takes one stretch of that
-// line. The lanes of a worker are CTAs that read the same KV blocks for neighbouring 64-row tiles of query rows.
+// line. The lanes of a worker are CTAs, or clusters of CTAs that share out the blocks, that read the same KV blocks for
+// neighbouring tiles of query rows.
 #pragma once
 
 #include <cstdint>
 
 namespace flash_mla {
 
-inline constexpr int kPageSize = 64;   // tokens per page, and per KV block
-inline constexpr int kBlockM = 64;     // query rows per CTA
-inline constexpr int kMaxLanes = 8;    // CTAs that share one stretch of KV blocks
-inline constexpr int kHeadDim = 576;   // 512 latent + 64 RoPE
-inline constexpr int kHeadDimV = 512;  // the latent part, read again as V
-inline constexpr int kMaxSplitCtas = 8;
-inline constexpr int kMaxSmallRequests = 2;  // as many long rows of 33 to 128 query rows the swapped kernel serves
+inline constexpr int kPageSize = 64;     // tokens per page, and per KV block
+inline constexpr int kBlockM = 64;       // query rows per CTA of the dense decode kernel
+inline constexpr int kMaxLanes = 8;      // CTAs that share one stretch of KV blocks
+inline constexpr int kHeadDim = 576;     // 512 latent + 64 RoPE
+inline constexpr int kHeadDimV = 512;    // the latent part, read again as V
+inline constexpr int kMaxSplitCtas = 8;  // CTAs of a cluster that shares out KV blocks
+
+// What the swapped kernel serves: up to 32 query rows always, up to 128 where there are so few requests (times kv
+// heads) that most of the time is that of starting and ending, not of the products.
+inline constexpr int kMaxSwappedRows = 32;
+inline constexpr int kMaxSwappedRowsOfFew = 128;
+inline constexpr int kFewRequests = 1;
+
+// The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
+// are per CTA of a cluster.
+inline constexpr int kDenseSplitOverhead = 5, kDenseMinSplit = 2;
+inline constexpr int kSwappedSplitOverhead = 2, kSwappedMinSplit = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -34,7 +45,6 @@ struct WorkerGrid {
     int lane_groups;        // of one kv head
     int rows_per_tile;      // query rows per CTA: kBlockM for the dense decode kernel, fewer for the swapped one
     int split_ctas;         // CTAs, a cluster, that share out the KV blocks of a lane
-    // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split.
     int split_overhead_blocks, min_blocks_per_split;
 
     constexpr bool is_swapped() const { return rows_per_tile < kBlockM; }
@@ -55,36 +65,40 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
         }
     }
     int const groups = ceil_div(m_tiles, best);
-    return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, 5, 2};
+    return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, kDenseSplitOverhead, kDenseMinSplit};
 }
 
-// Tiles of 16 or 32 rows, all of a request side by side; as many CTAs to each as keep all requests in flight.
+// Tiles of 16 or 32 rows, all of a request side by side. A request gets as large a cluster as leaves one for every
+// other request. The results of 8 column chunks are merged by all CTAs of a cluster; with 16 rows there is room for
+// uneven shares too.
 constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
     int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
-    int split_ctas = kMaxSplitCtas;
-    auto const is_too_large = [&](int size) {
-        bool const divides = size == 8 || size == 4 || size == 2;
-        bool const has_place = divides || (rows_per_tile == 16 && (size == 6 || size == 3));
-        return !has_place || capacity.num_clusters[size] / lanes < num_requests;
-    };
-    while (split_ctas > 1 && is_too_large(split_ctas)) --split_ctas;
-    return {lanes,          capacity.num_clusters[split_ctas] / lanes,
-            num_heads_kv,   1,
-            rows_per_tile,  split_ctas,
-            2 * split_ctas, 2 * split_ctas};
+    int split_ctas = 1;
+    for (int size = 2; size <= kMaxSplitCtas; ++size) {
+        bool const is_possible = size == 2 || size == 4 || size == 8 || (rows_per_tile == 16 && size % 3 == 0);
+        if (is_possible && capacity.num_clusters[size] / lanes >= num_requests) split_ctas = size;
+    }
+    return {lanes,
+            capacity.num_clusters[split_ctas] / lanes,
+            num_heads_kv,
+            1,
+            rows_per_tile,
+            split_ctas,
+            kSwappedSplitOverhead * split_ctas,
+            kSwappedMinSplit * split_ctas};
 }
 
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
     int64_t const product = int64_t(batch_size) * num_heads_kv;
     int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
-    bool const has_few_rows = num_rows_per_head_kv <= 32;
-    bool const is_small = num_rows_per_head_kv <= kMaxLanes * 16 && num_requests <= kMaxSmallRequests;
-    if ((has_few_rows || is_small) && capacity.num_sms() >= kMaxLanes)
-        return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
-    return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    int const max_rows = num_requests <= kFewRequests ? kMaxSwappedRowsOfFew : kMaxSwappedRows;
+    bool const has_sms = capacity.num_sms() >= ceil_div(kMaxSwappedRowsOfFew, kMaxSwappedRows);
+    return num_rows_per_head_kv <= max_rows && has_sms
+               ? swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
+               : dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
 }
 
 // Rows of a plan and of partial results, enough for every batch size.

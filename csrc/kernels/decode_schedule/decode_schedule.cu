@@ -4,10 +4,15 @@
 //   start(i)    = sum of the costs of the requests before i
 //   quota       = max(ceil(total / num_workers), split_overhead_blocks + min_blocks_per_split)
 //   boundary(w) = the place on the line at cost min(w * quota, total); inside a tile's overhead it moves to the
-//                 tile's begin, so no worker exceeds quota + kSplitOverheadBlocks
+//                 tile's begin, so no worker exceeds quota + split_overhead_blocks
 //
-// Where as many whole tiles for every worker keep to that too, nothing is split: worker w begins at tile
-// w * num_tiles / num_workers.
+// That leaves most workers with the end of one tile and the begin of another. Where whole tiles, or as many equal
+// pieces of every tile as there are workers for, are even enough, each worker gets such instead:
+//
+//   more tiles than workers: worker w begins at tile w * num_tiles / num_workers
+//   else: num_workers / num_tiles workers per tile, and pieces of ceil(num_blocks / workers per tile) blocks, but at
+//   least
+//         min_blocks_per_split; a tile of at most split_overhead_blocks + min_blocks_per_split blocks is not split
 //
 // Every boundary is found on its own by bisection over start(), so nothing here is sequential but one block scan.
 //

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     extern __shared__ float weights[];  // (kRowsPerCta, num_workers)
     WorkerGrid const& grid = params.grid;
     int const worker = blockIdx.y, lane = blockIdx.x;
-    WorkerRow const row = params.metadata[worker];  // older than the decode
+    // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
+    WorkerRow const row = params.metadata[worker];
     sm90::allow_dependent_launch();
     sm90::wait_for_previous_kernel();
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 
     int const row_in_cta = threadIdx.x / kThreadsPerRow;
     int const row_in_tile = blockIdx.z * kRowsPerCta + row_in_cta;
-    TilePlace const place = tile_place(grid, row.end_tile, lane, grid.rows_per_tile);
-    QueryRow const at = query_row(params, place, row_in_tile);
+    TilePlace const place = tile_place(grid, row.end_tile, lane);
+    QueryRow const at = query_row(params, place, row_in_tile, grid.rows_per_tile);
     bool const exists = row_in_tile < grid.rows_per_tile && at.exists;
 
     // The first piece is this worker's last, the others are the first ones of the workers that follow.

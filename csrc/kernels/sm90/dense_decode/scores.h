@@ -32,6 +32,8 @@ struct ScoresMainloop {
             write_all_probabilities(softmax);
             write_stats(softmax);
         }
+        // The gather that followed the last piece goes to shared memory, which must not end before.
+        cute::cp_async_wait<0>();
         write_empty_pieces();
     }
 

@@ -36,10 +36,10 @@ struct Piece {
 };
 
 // The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
-template <typename Element>
+template <typename Element, int kRowsPerTile = kBlockM>
 __device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
     if (piece.is_end()) return static_cast<Element const*>(params.q);
-    QueryRow const at = query_row(params, piece.place, row_in_tile);
+    QueryRow const at = query_row(params, piece.place, row_in_tile, kRowsPerTile);
     return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
            (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
 }
@@ -76,7 +76,7 @@ public:
             int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
             int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
             piece.batch = batch_;
-            piece.place = tile_place(grid, tile_, lane, kRowsPerTile);
+            piece.place = tile_place(grid, tile_, lane);
             piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
             piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
             piece.seqlen = seqlen;
@@ -88,7 +88,7 @@ public:
                 ++batch_;
             }
             int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
-            if (piece.place.first_row - lane_in_cluster * kRowsPerTile < params.rows_per_head_kv) return true;
+            if ((piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv) return true;
         }
     }
 

@@ -51,7 +51,7 @@ struct SwappedConsumer {
             Piece following;
             has_piece = next_with_keys(pieces, following);
             if (Traits::kHasRoomForBoth && has_piece) load_q(following);
-            share_statistics(outputs, num_active);
+            send(outputs, num_active);
             merge(piece, num_active);
             if (has_piece) {
                 sync_consumers();
@@ -72,7 +72,12 @@ private:
     __device__ int num_ctas() const { return params.grid.split_ctas; }
     __device__ static void sync_consumers() { cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, 1); }
     __device__ void sync_group() const { cutlass::arch::NamedBarrier::sync(128, 2 + group); }
-    __device__ QueryRow query_row_of(Piece const& piece, int row) const { return query_row(params, piece.place, row); }
+    __device__ QueryRow query_row_of(Piece const& piece, int row) const {
+        if (params.seqlen_q > 1) return query_row(params, piece.place, row, kRows);
+        // No division.
+        int const head = piece.place.m_tile * kRows + row;
+        return {0, piece.place.head_kv * params.heads_per_group + head, head < params.heads_per_group};
+    }
     // The i-th of the rows whose softmax this thread takes part in.
     __device__ int own_row(int i) const {
         return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
@@ -109,7 +114,7 @@ private:
         constexpr int kVectorsPerRow = kHeadDim / 8;
 #pragma unroll 1
         for (int row = group * 4 + warp(); row < kRows; row += 4 * Traits::kNumGroups) {
-            Element const* const source = q_row<Element>(params, piece, row);
+            Element const* const source = q_row<Element, kRows>(params, piece, row);
             uint32_t const target = shared_address(shared.q) + row * 128;
 #pragma unroll
             for (int vector = lane(); vector < kVectorsPerRow; vector += 32) {
@@ -377,7 +382,7 @@ private:
 
     // Reference, sum and output of each row, as far as this CTA has seen its keys, to the CTAs that merge them: the
     // output in chunks of 64 columns.
-    __device__ void share_statistics(Outputs const& outputs, int num_active) {
+    __device__ void send(Outputs const& outputs, int num_active) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
@@ -415,33 +420,29 @@ private:
         }
     }
 
-    // Weight of what each CTA has of a row, and the row's log2-sum-exp2: one thread per CTA and row.
-    __device__ void weigh(Piece const& piece) const {
-        int const row = thread % kRows;
-#pragma unroll 1
-        for (int sender = (group * 128 + thread) / kRows; sender < kMaxSplitCtas;
-             sender += Traits::kConsumerThreads / kRows) {
-            float2 from[kMaxSplitCtas];
+    // Weight of what each CTA has of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
+    __device__ float weigh() const {
+        static_assert(kMaxSplitCtas * kRows <= Traits::kConsumerThreads);
+        int const row = thread % kRows, sender = (group * 128 + thread) / kRows;
+        if (sender >= kMaxSplitCtas) return 0.f;
+        float2 from[kMaxSplitCtas];
 #pragma unroll
-            for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
-            float largest = kMinusInfinity, total = 0.f;
+        for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
+        float largest = kMinusInfinity, total = 0.f;
 #pragma unroll
-            for (float2 const& each : from) largest = fmaxf(largest, each.x);
-            float const offset = largest == kMinusInfinity ? 0.f : largest;
+        for (float2 const& each : from) largest = fmaxf(largest, each.x);
+        float const offset = largest == kMinusInfinity ? 0.f : largest;
 #pragma unroll
-            for (float2 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
-            float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
-            shared.weight[sender][row] = exp2_approx(shared.received_statistics[sender][row].x - offset) * inverse;
-            if (rank == 0 && sender == 0) {
-                store_lse(piece, row, total == 0.f ? kMinusInfinity : log2f(total) + largest);
-            }
-        }
+        for (float2 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
+        float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
+        shared.weight[sender][row] = exp2_approx(shared.received_statistics[sender][row].x - offset) * inverse;
+        return total == 0.f ? kMinusInfinity : log2f(total) + largest;
     }
 
     // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
         shared.barriers.received.wait(piece_count % 2);
-        weigh(piece);
+        float const lse_log2 = weigh();
         sync_consumers();
 #pragma unroll 1
         for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
@@ -462,6 +463,7 @@ private:
             }
             store(piece, own_chunk * num_ctas() + rank, tile, sum);
         }
+        if (int const row = group * 128 + thread; rank == 0 && row < kRows) store_lse(piece, row, lse_log2);
     }
 
     // A row that saw no key is 0, whatever the values of the keys it did not see.
@@ -475,7 +477,7 @@ private:
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int const row = fragment_column(thread, tile) + i % 2;
-                if (piece.place.first_row + row >= params.rows_per_head_kv) continue;
+                if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
                 params.out_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV +
                                    first_column + fragment_row(thread, i / 2)] = sum[i];
             }

@@ -1,4 +1,43 @@
-// Paged decode of Multi-head Latent Attention for few query rows, with the operands swapped.
+// Paged decode of Multi-head Latent Attention for few query rows: the operands are swapped, so that tokens fill the 64
+// rows of wgmma and query rows are its N, 16 or 32.
+//
+//   Sᵀ = scale · K·Qᵀ     K (64 tokens, 576)       Q (16 or 32 query rows, 576)
+//   Pᵀ = softmax(Sᵀ)      over the tokens, down the columns
+//   Oᵀ = Vᵀ·Pᵀ            Vᵀ (512 columns, 64 tokens)
+//
+// A worker of the plan is a cluster of split_ctas CTAs per lane. They share out the KV blocks of each piece, and each
+// merges its part of the output columns from all of them: partial results go through distributed shared memory, not
+// through the L2, and only what several clusters have is left to the combine kernel. One CTA per SM, persistent over the
+// pieces of its worker.
+//
+// clang-format off
+// Warps
+//   2 consumer warpgroups   each: half of the columns of S, exchanged for the other half of its rows; their softmax;
+//                           O for one half of the latent columns, in registers
+//   1 producer warp         looks up pages, copies KV blocks by TMA
+//
+// Shared memory (bytes, 16 rows)
+//   block      2 × 73728    KV blocks: 8 latent chunks (64 tokens × 64 columns, 128-byte swizzle) and RoPE
+//   q              18432    query rows; with 32 rows in the place of received
+//   received       49152    output of all CTAs for the columns that this one merges, as the accumulators hold it
+//   p               2048    P (row, token)
+//   exchanged       4096    scores for the other group
+//   the rest               statistics of the rows, weights, barriers
+//
+// Barriers (mbarriers)   arrivals                        waited for by
+//   block_full[stage]    the producer + 73728 B          consumers
+//   block_empty[stage]   8 consumer warps                the producer
+//   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
+//   received             bytes from every CTA            consumers, before they merge
+// clang-format on
+// Consumers have one hardware barrier for all, one per group, and one that also votes. The cluster waits for itself once,
+// at the start. All that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
+//
+// One block: full, Sᵀ (both groups, 18 steps each), exchange, P by the references as they are and a vote whether these
+// still do; if not, as in a first block, references are raised and P is written again; Oᵀ; empty. Nothing overlaps here
+// but the copies: where rows are few the memory is the limit, and a block takes the CTA less time than it takes to come.
+//
+// Numerics as in the dense decode (online_softmax.h); in a cluster sums and outputs are added in the order of the ranks.
 #pragma once
 
 #include "kernels/sm90/primitives/dependent_launch.h"
