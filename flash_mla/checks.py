@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid
+from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE
 
 HEAD_DIM = 576  # 512 latent + 64 RoPE
 HEAD_DIM_V = 512  # the latent part, read again as V
@@ -101,13 +101,13 @@ def check_dense_decode(arguments: DecodeArguments) -> None:
     _check_contiguous("tile_scheduler_metadata", tile_scheduler_metadata)
 
 
-def check_plan(arguments: DecodeArguments, grid: WorkerGrid) -> None:
+def check_plan(arguments: DecodeArguments, num_plan_rows: int) -> None:
     """Raise ValueError for a plan whose shape shows that it was made for another call."""
     check_shape(
         "tile_scheduler_metadata",
         arguments.tile_scheduler_metadata,
-        "(num_workers, 8), as planned for these head counts and seqlen_q,",
-        [grid.num_workers, METADATA_COLUMNS],
+        "(num_plan_rows, 8), as planned for these head counts and seqlen_q,",
+        [num_plan_rows, METADATA_COLUMNS],
     )
     check_shape("num_splits", arguments.num_splits, "(batch_size + 1,)", [arguments.q.shape[0] + 1])
 

@@ -22,16 +22,16 @@ from flash_mla.checks import (
     check_out_memory,
     check_plan,
 )
-from flash_mla.schedule import CPU_NUM_SMS, PAGE_SIZE
+from flash_mla.schedule import CPU_CAPACITY, PAGE_SIZE
 from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles, check_slots
 
 _PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
 
 
 def decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
-    """The plan for a GPU of 132 SMs."""
+    """The plan for an H200."""
     check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
-    return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_NUM_SMS)
+    return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_CAPACITY)
 
 
 def dense_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -65,10 +65,11 @@ def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
     q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal = given
     batch_size, seqlen_q, num_heads_q, _ = q.shape
     check_addresses(given)
-    grid = schedule.worker_grid(given.num_rows_per_head_kv, given.num_heads_kv, CPU_NUM_SMS)
-    check_plan(given, grid)
+    counts = given.num_rows_per_head_kv, given.num_heads_kv
+    check_plan(given, schedule.num_plan_rows(*counts, CPU_CAPACITY.num_sms))
     # Nothing here follows the plan. A wrong one is found all the same, as on a GPU it would give wrong results.
-    check_planned_tiles(tile_scheduler_metadata, batch_size, grid.tiles_per_request)
+    tiles_per_request = schedule.worker_grid(batch_size, *counts, CPU_CAPACITY).tiles_per_request
+    check_planned_tiles(tile_scheduler_metadata, batch_size, tiles_per_request)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
 
     lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)

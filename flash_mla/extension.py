@@ -37,6 +37,11 @@ def load_extension() -> Extension:
     return _extension
 
 
+def loaded_module() -> ModuleType | None:
+    """flash_mla._C, None where there is none."""
+    return _extension.module
+
+
 def read_build_info(package_dir: Path = PACKAGE_DIR) -> dict[str, bool | str | None] | None:
     """What setup.py recorded: cuda (bool), reason, arch, cuda_version, torch_version, cutlass_version; None without a
     record, as in a source tree that was never installed."""

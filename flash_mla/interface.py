@@ -53,7 +53,7 @@ def get_mla_decoding_metadata(
         is_fp8_kvcache, topk: of fp8 and sparse attention, for which NotImplementedError is raised.
 
     Returns:
-        tile_scheduler_metadata: (num_workers, 8) int32, num_workers at most the number of SMs.
+        tile_scheduler_metadata: (num_plan_rows, 8) int32, num_plan_rows at most the number of SMs.
         num_splits: (batch_size + 1,) int32.
     """
     if is_fp8_kvcache:
@@ -91,8 +91,8 @@ def decode_workspace_bytes(
 
     Args:
         num_q_tokens_per_head_k, num_heads_k: as in `get_mla_decoding_metadata`.
-        device: a CUDA device, the current one by default. For the CPU, and where there is no GPU, the answer is that
-            for an H100 or H200.
+        device: a CUDA device, the current one by default. For the CPU, and where the kernels cannot run, the
+            answer is that for an H100 or H200.
         num_sms: streaming multiprocessors of a GPU that is not here, instead of a device.
 
     Raises:
@@ -101,12 +101,11 @@ def decode_workspace_bytes(
     check_count("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     check_count("num_heads_k", num_heads_k, 1)
     if num_sms is None:
-        num_sms = schedule.num_sms_of(torch.device("cuda" if device is None else device))
+        num_sms = schedule.capacity_of(torch.device("cuda" if device is None else device)).num_sms
     elif device is not None:
         raise ValueError(f"num_sms must be None where device is given, got {num_sms}")
     check_count("num_sms", num_sms, 1)
-    grid = schedule.worker_grid(num_q_tokens_per_head_k, num_heads_k, num_sms)
-    return schedule.num_partial_rows(grid) * _PARTIAL_ROW_BYTES
+    return schedule.num_partial_rows(num_q_tokens_per_head_k, num_heads_k, num_sms) * _PARTIAL_ROW_BYTES
 
 
 def flash_mla_with_kvcache(

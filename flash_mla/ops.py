@@ -4,7 +4,7 @@ decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv) -> (tile_sche
     Divides the KV blocks of a batch among the workers of a GPU, on the device and without synchronization.
     cache_seqlens: (batch_size,) int32, contiguous.
     num_rows_per_head_kv: seqlen_q * num_heads_q / num_heads_kv.
-    tile_scheduler_metadata: (num_workers, 8) int32, num_splits: (batch_size + 1,) int32: see schedule.py.
+    tile_scheduler_metadata: (num_plan_rows, 8) int32, num_splits: (batch_size + 1,) int32: see schedule.py.
 
 dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal)
     -> (out, lse)
@@ -75,9 +75,8 @@ for _schema in _SCHEMAS:
 
 def _fake_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
     check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
-    # The grid is compiled in; another number of rows compiles again.
-    grid = schedule.worker_grid(int(num_rows_per_head_kv), int(num_heads_kv), schedule.num_sms_of(cache_seqlens.device))
-    metadata = cache_seqlens.new_empty(grid.num_workers, schedule.METADATA_COLUMNS)
+    rows = _num_plan_rows(num_rows_per_head_kv, num_heads_kv, cache_seqlens.device)
+    metadata = cache_seqlens.new_empty(rows, schedule.METADATA_COLUMNS)
     return metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
 
 
@@ -96,10 +95,15 @@ def _fake_dense_decode_out(*arguments: Any, out: Tensor) -> Tensor:
 
 def _fake_lse(given: DecodeArguments) -> Tensor:
     check_dense_decode(given)
-    num_sms = schedule.num_sms_of(given.q.device)
-    check_plan(given, schedule.worker_grid(int(given.num_rows_per_head_kv), int(given.num_heads_kv), num_sms))
+    check_plan(given, _num_plan_rows(given.num_rows_per_head_kv, given.num_heads_kv, given.q.device))
     batch_size, seqlen_q, num_heads_q, _ = given.q.shape
     return given.q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)
+
+
+def _num_plan_rows(num_rows_per_head_kv: int, num_heads_kv: int, device: torch.device) -> int:
+    """Compiled in, so that other head counts compile again; other batch sizes do not."""
+    num_sms = schedule.capacity_of(device).num_sms
+    return schedule.num_plan_rows(int(num_rows_per_head_kv), int(num_heads_kv), num_sms)
 
 
 def _fake_append_kv(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

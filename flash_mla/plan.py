@@ -34,7 +34,7 @@ class FlashMLASchedMeta:
     Attributes:
         have_initialized: whether a call has filled in the plan. Not consulted: a plan is there if its tensors are.
         config: what the plan was made for; None before the first call and for tensors that were set from outside.
-        tile_scheduler_metadata: (num_workers, 8) int32, or None.
+        tile_scheduler_metadata: (num_plan_rows, 8) int32, or None.
         num_splits: (batch_size + 1,) int32, or None.
     """
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.checks import DecodeArguments
-from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, num_sms_of, worker_grid
+from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, capacity_of, worker_grid
 
 
 def is_switched_on(environ: Mapping[str, str] = os.environ, variable: str = "FLASH_MLA_CHECK") -> bool:
@@ -119,6 +119,7 @@ def check_values_unless_capturing(arguments: DecodeArguments) -> None:
         and all(tensor.device == q.device for tensor in (k_cache, block_table, cache_seqlens, metadata))
     ):
         return
-    grid = worker_grid(arguments.num_rows_per_head_kv, arguments.num_heads_kv, num_sms_of(q.device))
+    counts = arguments.num_rows_per_head_kv, arguments.num_heads_kv
+    grid = worker_grid(q.shape[0], *counts, capacity_of(q.device))
     check_planned_tiles(metadata, q.shape[0], grid.tiles_per_request)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])

@@ -1,4 +1,4 @@
-"""Plans that the scheduler does not make, and that the kernels have to follow all the same."""
+"""What GPUs of several sizes run at once, and plans that the scheduler does not make but the kernels have to follow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ import torch
 from torch import Tensor
 
 from flash_mla import schedule
-from flash_mla.schedule import METADATA_COLUMNS
+from flash_mla.schedule import CPU_CAPACITY, ClusterCapacity
+
+# By the number of SMs.
+CAPACITIES = {
+    132: CPU_CAPACITY,
+    114: ClusterCapacity((0, 114, 57, 36, 26, 20, 16, 14, 12)),
+    78: ClusterCapacity((0, 78, 39, 24, 18, 14, 12, 10, 9)),
+}
+# Without large clusters, and with few SMs.
+UNUSUAL_CLUSTERS = (
+    (0, 132, 66, 0, 30, 0, 0, 0, 0),
+    (0, 78, 0, 0, 0, 0, 0, 0, 0),
+    (0, 8, 4, 2, 2, 1, 1, 1, 1),
+    (0, 7, 3, 2, 1, 1, 1, 1, 0),
+    (0, 1, 0, 0, 0, 0, 0, 0, 0),
+)
 
 
 def plan_for_few_workers(
@@ -28,13 +43,9 @@ def plan_for_few_workers(
         tile_scheduler_metadata and num_splits of the shapes that a plan for this device has.
     """
     device = torch.device(device)
-    grid = schedule.worker_grid(num_rows_per_head_kv, num_heads_kv, schedule.num_sms_of(device))
-    num_workers = min(num_workers, grid.num_workers)
+    capacity, counts = schedule.capacity_of(device), (num_rows_per_head_kv, num_heads_kv)
+    grid = schedule.worker_grid(len(lengths), *counts, capacity)
+    grid = grid._replace(num_workers=min(num_workers, grid.num_workers))
     seqlens = torch.tensor(lengths, dtype=torch.int32)
-    busy, num_splits = schedule.divide_work(seqlens, grid.tiles_per_request, num_workers)
-    # As the scheduler has it: from the end of the line to the end of the line.
-    idle = torch.zeros(grid.num_workers, METADATA_COLUMNS, dtype=torch.int32)
-    idle[:, [0, 3]] = len(lengths)
-    idle[:, 7] = torch.arange(grid.num_workers)
-    idle[:num_workers] = busy
-    return idle.to(device), num_splits.to(device)
+    metadata, num_splits = schedule.divide_work(seqlens, grid, schedule.num_plan_rows(*counts, capacity.num_sms))
+    return metadata.to(device), num_splits.to(device)

@@ -174,7 +174,7 @@ Q_SHAPE = "must have shape (batch_size, seqlen_q, num_heads_q, head_dim) = [-1, 
 CACHE_SHAPE = "must have shape (num_blocks, page_size, num_heads_kv, head_dim) = [-1, 64, -1, 576], got"
 TABLE_SHAPE = "must have shape (batch_size, max_blocks_per_request) = [3, -1], got"
 LENGTHS_SHAPE = "must have shape (batch_size,) = [3], got"
-METADATA_SHAPE = "must have shape (num_workers, 8), as planned for these head counts and seqlen_q, = [#, 8], got"
+METADATA_SHAPE = "must have shape (num_plan_rows, 8), as planned for these head counts and seqlen_q, = [#, 8], got"
 SPLITS_SHAPE = "must have shape (batch_size + 1,) = [4], got"
 RESULT_SHAPE = "must have shape (batch_size, seqlen_q, num_heads_q, head_dim_v) = [3, 2, 16, 512], got"
 ALIGNMENT = "must be aligned to 16 bytes, got an address that is not"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 import flash_mla  # noqa: F401
 from flash_mla import schedule
-from flash_mla.schedule import BLOCK_M, WorkerGrid
+from flash_mla.schedule import ClusterCapacity, WorkerGrid
 
-# What the kernels keep in shared memory, in csrc/kernels/sm90/dense_decode.
-NUM_STAGES = 3
+# What the kernels keep in shared memory, in csrc/kernels/sm90.
+NUM_STAGES = {"dense": 3, "swapped": 2}
 QUEUE_CAPACITY = 8
 
 
@@ -35,6 +35,7 @@ class SanitizedCase:
     lengths: Sequence[int]
     num_workers: int | None = None  # that have work; None: as the scheduler divides it
     planned_lengths: Sequence[int] | None = None  # of a plan for other lengths
+    split_ctas: int | None = None  # requests without tokens are added until clusters have this size
     strided_out: bool = False
     shape: dict[str, Any] = field(default_factory=dict)  # for make_case
 
@@ -50,24 +51,46 @@ class SanitizedCase:
     def num_rows_per_head_kv(self) -> int:
         return self.seqlen_q * self.shape.get("num_heads_q", 16) // self.num_heads_kv
 
-    def make(self, dtype: torch.dtype, device: str) -> Case:
-        return make_case(batch=len(self.lengths), seqlens=list(self.lengths), dtype=dtype, device=device, **self.shape)
+    @property
+    def is_causal(self) -> bool:
+        return self.shape.get("causal", False) and self.seqlen_q > 1
 
-    def grid(self, num_sms: int) -> WorkerGrid:
-        return schedule.worker_grid(self.num_rows_per_head_kv, self.num_heads_kv, num_sms)
+    def grid(self, capacity: ClusterCapacity, batch_size: int | None = None) -> WorkerGrid:
+        batch_size = self.batch_size(capacity) if batch_size is None else batch_size
+        return schedule.worker_grid(batch_size, self.num_rows_per_head_kv, self.num_heads_kv, capacity)
 
-    def plan(self, device: str) -> tuple[Tensor, Tensor]:
-        num_sms = schedule.num_sms_of(torch.device(device))
-        num_workers = self.num_workers or self.grid(num_sms).num_workers
-        lengths = self.lengths if self.planned_lengths is None else self.planned_lengths
+    def batch_size(self, capacity: ClusterCapacity) -> int:
+        smallest = len(self.lengths)
+        if self.split_ctas is None:
+            return smallest
+        enough = range(smallest, capacity.num_sms + 2)
+        # As it is where a GPU runs no fewer of the next larger clusters.
+        return next((n for n in enough if self.grid(capacity, n).split_ctas == self.split_ctas), smallest)
+
+    def all_lengths(self, capacity: ClusterCapacity, planned: bool = False) -> list[int]:
+        lengths = self.planned_lengths if planned and self.planned_lengths is not None else self.lengths
+        return [*lengths, *[0] * (self.batch_size(capacity) - len(lengths))]
+
+    def make(self, dtype: torch.dtype, device: str, capacity: ClusterCapacity) -> Case:
+        lengths = self.all_lengths(capacity)
+        return make_case(batch=len(lengths), seqlens=lengths, dtype=dtype, device=device, **self.shape)
+
+    def plan(self, device: str, capacity: ClusterCapacity) -> tuple[Tensor, Tensor]:
+        num_workers = self.num_workers or self.grid(capacity).num_workers
+        lengths = self.all_lengths(capacity, planned=True)
         return plan_for_few_workers(lengths, self.num_rows_per_head_kv, self.num_heads_kv, num_workers, device)
 
 
-CASES = [
+DENSE_CASES = [
     # The last page of the last request is the last entry of the block table: behind it is nobody's memory.
-    SanitizedCase("whole tiles", [64, 0, 100], num_workers=2, shape={"wide_block_table": False}),
-    SanitizedCase("split, strided", [1500, 65], strided_out=True, shape={"strided_cache": True, "strided_q": True}),
-    SanitizedCase("33 parts of a tile", [64 * 221 - 1]),
+    SanitizedCase("whole tiles", [64, 0, 100], num_workers=2, shape={"num_heads_q": 64, "wide_block_table": False}),
+    SanitizedCase(
+        "split, strided",
+        [1500, 65, 3],
+        strided_out=True,
+        shape={"num_heads_q": 48, "strided_cache": True, "strided_q": True},
+    ),
+    SanitizedCase("more than 32 parts of a tile", [64 * 300 - 1, 0, 0], shape={"num_heads_q": 64}),
     SanitizedCase("pair of tiles", [70, 0, 200], num_workers=3, shape={"num_heads_q": 128}),
     SanitizedCase(
         "pair of tiles, split, causal", [1300], num_workers=5, shape={"seqlen_q": 2, "num_heads_q": 128, "causal": True}
@@ -79,30 +102,73 @@ CASES = [
         num_workers=3,
         shape={"seqlen_q": 44, "num_heads_q": 16, "causal": True},
     ),
-    SanitizedCase("many requests", [(0, 1, 64, 65, 200)[i % 5] for i in range(30)], num_workers=2),
+    SanitizedCase(
+        "many requests", [(0, 1, 64, 65, 200)[i % 5] for i in range(30)], num_workers=2, shape={"num_heads_q": 64}
+    ),
     SanitizedCase(
         "many requests, pair of tiles",
         [(0, 1, 64, 65, 200)[i % 5] for i in range(30)],
         num_workers=2,
         shape={"num_heads_q": 128},
     ),
-    SanitizedCase("two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 32, "num_heads_kv": 2}),
-    SanitizedCase("shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[900, 900, 0]),
+    SanitizedCase("two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 128, "num_heads_kv": 2}),
     SanitizedCase(
-        "longer than planned", [600, 100], num_workers=4, planned_lengths=[10, 700], shape={"num_heads_q": 128}
+        "shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[900, 900, 0], shape={"num_heads_q": 64}
+    ),
+    SanitizedCase(
+        "longer than planned", [600, 100, 0], num_workers=4, planned_lengths=[10, 700, 0], shape={"num_heads_q": 128}
     ),
 ]
 
-# The ways through the kernels. A tile is the query rows of one or several CTAs, a piece what a worker has of it.
-ROUTES = {
+SWAPPED_CASES = [
+    SanitizedCase("swapped", [64 * 20, 70], shape={"wide_block_table": False}),
+    SanitizedCase("swapped, strided", [400, 65, 3], strided_out=True, shape={"strided_cache": True, "strided_q": True}),
+    SanitizedCase("swapped, split", [64 * 50 + 5], num_workers=3, shape={"num_heads_q": 12}),
+    SanitizedCase(
+        "swapped, causal", [300, 2, 65, 0], num_workers=2, shape={"seqlen_q": 4, "num_heads_q": 4, "causal": True}
+    ),
+    SanitizedCase("swapped, two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 32, "num_heads_kv": 2}),
+    SanitizedCase("swapped, shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[64 * 60, 900, 0]),
+    SanitizedCase("swapped, longer than planned", [64 * 40, 100], num_workers=3, planned_lengths=[10, 64 * 60]),
+    *(
+        SanitizedCase(f"clusters of {size}", [500, 64, 100], num_workers=2, split_ctas=size)
+        for size in (8, 6, 4, 3, 2, 1)
+    ),
+    *(
+        SanitizedCase(
+            f"32 rows, clusters of {size}",
+            [500, 64, 100],
+            num_workers=2,
+            split_ctas=size,
+            shape={"num_heads_q": 32},
+        )
+        for size in (8, 4, 2, 1)
+    ),
+    SanitizedCase(
+        "32 rows, split, causal",
+        [64 * 50 + 5],
+        num_workers=3,
+        shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
+    ),
+    SanitizedCase("lanes of 32 rows", [500], shape={"num_heads_q": 128}),
+    SanitizedCase(
+        "lanes of 32 rows, split, causal",
+        [64 * 50 + 1],
+        num_workers=3,
+        shape={"seqlen_q": 3, "num_heads_q": 16, "causal": True},
+    ),
+]
+
+CASES = [*DENSE_CASES, *SWAPPED_CASES]
+
+# The ways through a kernel. A tile is the query rows of one or several lanes, a piece what a worker has of it.
+_BOTH = {
     "table without room behind it",
     "gaps in queries, cache and output",
     "several KV heads",
-    "one CTA per cluster",
-    "two CTAs per cluster",
-    "several lanes, one CTA per cluster",
+    "one lane",
+    "several lanes",
     "tile that is not full",
-    "lane without rows beside one that has some",
     "worker without work",
     "whole tile",
     "whole tile without keys",
@@ -111,22 +177,46 @@ ROUTES = {
     "middle part of a tile",
     "last part of a tile",
     "part of a tile without keys",
-    "more parts than lanes of a warp",
     "more blocks than stages",
-    "more pieces than the queue holds",
     "no mask",
     "end of the tokens in a block",
     "causal",
     "causal over several blocks",
     "row that sees no key",
 }
+_DENSE = {
+    "one CTA per cluster",
+    "two CTAs per cluster",
+    "several lanes, one CTA per cluster",
+    "lane without rows beside one that has some",
+    "more parts than lanes of a warp",
+    "more pieces than the queue holds",
+}
+_SWAPPED = {
+    *(f"16 rows, clusters of {size}" for size in (8, 6, 4, 3, 2, 1)),
+    *(f"32 rows, clusters of {size}" for size in (8, 4, 2, 1)),
+    *(f"{rows} rows, {way}" for rows in (16, 32) for way in ("several pieces with keys", "part of a tile", "causal")),
+    "CTA of a cluster without blocks",
+    "CTAs of a cluster with unequal blocks",
+}
+ROUTES = {f"dense: {route}" for route in _BOTH | _DENSE} | {f"swapped: {route}" for route in _BOTH | _SWAPPED}
 
 
-def routes_of(case: SanitizedCase, num_sms: int) -> set[str]:
-    """Which of the ways a case takes, as csrc/kernels/sm90/dense_decode/pieces.h goes through a plan."""
-    grid = case.grid(num_sms)
-    m_tiles = -(-case.num_rows_per_head_kv // BLOCK_M)
-    routes = {"two CTAs per cluster" if grid.num_lanes % 2 == 0 else "one CTA per cluster"}
+def routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
+    """Which of the ways a case takes, as csrc/kernels/sm90/primitives/pieces.h goes through a plan."""
+    grid = case.grid(capacity)
+    kernel = "swapped" if grid.is_swapped else "dense"
+    routes = routes_of_shape(case, grid) | routes_of_pieces(case, grid, capacity)
+    return {f"{kernel}: {route}" for route in routes & (_BOTH | (_SWAPPED if grid.is_swapped else _DENSE))}
+
+
+def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
+    row_tiles = -(-case.num_rows_per_head_kv // grid.rows_per_tile)
+    routes = {
+        "one lane" if grid.num_lanes == 1 else "several lanes",
+        "two CTAs per cluster" if grid.num_lanes % 2 == 0 else "one CTA per cluster",
+        f"{grid.rows_per_tile} rows, clusters of {grid.split_ctas}",
+    }
     if not case.shape.get("wide_block_table", True):
         routes.add("table without room behind it")
     if case.strided_out and case.shape.get("strided_q") and case.shape.get("strided_cache"):
@@ -135,27 +225,42 @@ def routes_of(case: SanitizedCase, num_sms: int) -> set[str]:
         routes.add("several KV heads")
     if grid.num_lanes > 1 and grid.num_lanes % 2 == 1:
         routes.add("several lanes, one CTA per cluster")
-    if case.num_rows_per_head_kv % BLOCK_M != 0:
+    if case.num_rows_per_head_kv % grid.rows_per_tile != 0:
         routes.add("tile that is not full")
-    if m_tiles % grid.num_lanes != 0:
+    if row_tiles % grid.num_lanes != 0:
         routes.add("lane without rows beside one that has some")
 
-    lengths = case.lengths if case.planned_lengths is None else case.planned_lengths
+    for length in case.lengths:
+        if length > 0:
+            routes.add("end of the tokens in a block" if length % PAGE_SIZE else "no mask")
+            if case.is_causal:
+                routes |= {"causal", f"{grid.rows_per_tile} rows, causal"}
+                # From the first key that some row does not see to the last one.
+                if (length - case.seqlen_q + 1) // PAGE_SIZE < (length - 1) // PAGE_SIZE:
+                    routes.add("causal over several blocks")
+        if length <= 0 or (case.is_causal and length < case.seqlen_q):
+            routes.add("row that sees no key")
+    return routes
+
+
+def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> set[str]:
+    routes = set()
     num_workers = min(case.num_workers or grid.num_workers, grid.num_workers)
-    seqlens = torch.tensor(lengths, dtype=torch.int32)
-    rows = schedule.divide_work(seqlens, grid.tiles_per_request, num_workers)[0].tolist()
+    seqlens = torch.tensor(case.all_lengths(capacity, planned=True), dtype=torch.int32)
+    rows = schedule.divide_work(seqlens, grid._replace(num_workers=num_workers), num_workers)[0].tolist()
+    lengths = case.all_lengths(capacity)
     if num_workers < grid.num_workers or any(row[6] == 0 for row in rows):
         routes.add("worker without work")
     for worker, (batch, tile, begin_block, _, _, end_block, num_pieces, last_worker) in enumerate(rows):
-        num_with_keys = num_blocks_of_worker = 0
+        num_with_keys = num_blocks_of_cta = 0
         for index in range(num_pieces):
-            num_blocks = -(-case.lengths[batch] // PAGE_SIZE)
+            num_blocks = -(-lengths[batch] // PAGE_SIZE)
             continued = index == 0 and begin_block > 0
             continues = index == num_pieces - 1 and last_worker != worker
             begin = min(begin_block, num_blocks) if continued else 0
             end = min(end_block, num_blocks) if continues else num_blocks
             num_with_keys += end > begin
-            num_blocks_of_worker += end - begin
+            num_blocks_of_cta += -(-(end - begin) // grid.split_ctas)  # the first one of the cluster
             routes.add(
                 {
                     (False, False): "whole tile" if num_blocks > 0 else "whole tile without keys",
@@ -164,42 +269,38 @@ def routes_of(case: SanitizedCase, num_sms: int) -> set[str]:
                     (True, False): "last part of a tile",
                 }[continued, continues]
             )
+            if continued or continues:
+                routes.add(f"{grid.rows_per_tile} rows, part of a tile")
             if continues and not continued and num_pieces == 1:
                 routes.add("first part of a tile, the only piece of its worker")
             if (continued or continues) and end == begin:
                 routes.add("part of a tile without keys")
             if continues and last_worker - worker + 1 > 32:
                 routes.add("more parts than lanes of a warp")
+            if 0 < end - begin < grid.split_ctas:
+                routes.add("CTA of a cluster without blocks")
+            if (end - begin) % grid.split_ctas != 0:
+                routes.add("CTAs of a cluster with unequal blocks")
             tile += 1
             if tile == grid.tiles_per_request:
                 batch, tile = batch + 1, 0
+        if num_with_keys > 1:
+            routes.add(f"{grid.rows_per_tile} rows, several pieces with keys")
         if num_with_keys > QUEUE_CAPACITY:
             routes.add("more pieces than the queue holds")
-        if num_blocks_of_worker > NUM_STAGES:
+        if num_blocks_of_cta > NUM_STAGES["swapped" if grid.is_swapped else "dense"]:
             routes.add("more blocks than stages")
-
-    causal = case.shape.get("causal", False) and case.seqlen_q > 1
-    for length in case.lengths:
-        if length > 0:
-            routes.add("end of the tokens in a block" if length % PAGE_SIZE else "no mask")
-            if causal:
-                routes.add("causal")
-                # From the first key that some row does not see to the last one.
-                if (length - case.seqlen_q + 1) // PAGE_SIZE < (length - 1) // PAGE_SIZE:
-                    routes.add("causal over several blocks")
-        if length <= 0 or (causal and length < case.seqlen_q):
-            routes.add("row that sees no key")
     return routes
 
 
 def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
     """Plan and decode on the device; raise AssertionError if either is wrong."""
-    expected = reference(case.make(dtype, "cpu"))
-    given = case.make(dtype, device)
-    num_sms = schedule.num_sms_of(torch.device(device))
+    capacity = schedule.capacity_of(torch.device(device))
+    expected = reference(case.make(dtype, "cpu", capacity))
+    given = case.make(dtype, device, capacity)
     counts = (case.num_rows_per_head_kv, case.num_heads_kv)
     planned = torch.ops.flash_mla.decode_schedule(given.cache_seqlens, *counts)
-    expected_plan = schedule.decode_schedule(given.cache_seqlens.cpu(), *counts, num_sms)
+    expected_plan = schedule.decode_schedule(given.cache_seqlens.cpu(), *counts, capacity)
     for part, expected_part in zip(planned, expected_plan, strict=True):
         assert torch.equal(part.cpu(), expected_part), "the plan is not that of the host"
 
@@ -211,7 +312,7 @@ def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
         given.k_cache,
         given.block_table,
         given.cache_seqlens,
-        *case.plan(device),
+        *case.plan(device, capacity),
         given.softmax_scale,
         given.causal,
         out=out,

@@ -28,7 +28,7 @@ from rejections import (
 
 import flash_mla
 from flash_mla import extension, get_mla_decoding_metadata, get_mla_metadata
-from flash_mla.schedule import CPU_NUM_SMS
+from flash_mla.schedule import CPU_CAPACITY
 
 PAGE_BYTES = 4096
 
@@ -140,7 +140,7 @@ def test_the_kernels_take_no_float32():
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
 def test_the_kernels_take_no_float32_without_data(monkeypatch):
     """What the CPU takes is refused while tracing for a GPU."""
-    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
+    monkeypatch.setattr("flash_mla.schedule.capacity_of", lambda device: CPU_CAPACITY)
     with torch._subclasses.FakeTensorMode():
         refuse_float32(other_example("cuda", dtype=torch.float32))
 
@@ -173,7 +173,7 @@ def test_plan_for_other_head_counts(device):
     arguments = arguments_of(example(device))
     wider = other_example(device, num_heads_q=128)
     arguments["tile_scheduler_metadata"], arguments["num_splits"] = wider.plan()
-    with pytest.raises(ValueError, match=r"^tile_scheduler_metadata must have shape .*num_workers"):
+    with pytest.raises(ValueError, match=r"^tile_scheduler_metadata must have shape .*num_plan_rows"):
         call_api(arguments)
 
 
@@ -204,7 +204,7 @@ def test_functions_that_are_not_there(name, arguments):
 )
 def test_tensor_on_another_device_without_data(name, other, monkeypatch):
     """Tensors that have shapes only need no GPU, nor a second one."""
-    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: CPU_NUM_SMS)
+    monkeypatch.setattr("flash_mla.schedule.capacity_of", lambda device: CPU_CAPACITY)
     with torch._subclasses.FakeTensorMode():
         arguments = arguments_of(example("cuda"))
         arguments["out"] = torch.zeros(OUT_SHAPE, dtype=BF16, device="cuda")

@@ -1,4 +1,4 @@
-"""The dense decode kernel against float64, over the whole grid of shapes and at the edges of what it takes."""
+"""The decode kernels against float64, over the whole grid of shapes and at the edges of what it takes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from gpu_cases import (
 )
 
 import flash_mla
+from flash_mla.schedule import capacity_of, worker_grid
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +31,10 @@ BATCH_SIZES = (1, 2, 6, 64, 133)
 SEQLENS_Q = (1, 2, 4)
 SEQLENS_K = (0, 1, 20, 63, 64, 65, 140, 4096)
 HEADS = [(q, kv) for q in (1, 3, 9, 16, 63, 64, 126, 128) for kv in (1, 2, 3) if q % kv == 0]
+
+# Query heads, and batch sizes with their longest requests, for both kernels and clusters of all sizes.
+NUM_HEADS = (8, 16, 32, 48, 64, 96, 128)
+BATCHES = ((1, 40_000), (2, 20_000), (3, 20_000), (16, 3000), (20, 3000), (32, 2000), (40, 1500), (70, 900), (140, 700))
 
 MAX_REPORTED = 20
 
@@ -53,6 +58,46 @@ def test_grid(num_heads_q, num_heads_kv, dtype):
             wrong.append("further cases were not run")
             break
     assert not wrong, f"{len(wrong)} cases are wrong:\n" + "\n".join(wrong)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_heads_q", NUM_HEADS)
+def test_both_kernels(num_heads_q, dtype):
+    """Few requests and many, tiles that stay whole, are cut evenly, or by a fair share."""
+    wrong = []
+    for case, ((batch_size, longest), kind) in enumerate(itertools.product(BATCHES, ("equal", "short", "random"))):
+        seqlen_k = 200 if kind == "short" else longest
+        lengths = random_lengths(batch_size, seqlen_k, seed=case) if kind == "random" else [seqlen_k] * batch_size
+        cache = make_cache(lengths, 1, dtype, seed=case)
+        for seqlen_q, causal in ((1, False), (2, True)):
+            q = make_queries(batch_size, seqlen_q, num_heads_q, dtype, seed=case)
+            out, lse = decode(q, cache, causal)
+            problem = mismatch(out, lse, reference(q, cache, causal))
+            if problem is not None:
+                wrong.append(f"b={batch_size} s_q={seqlen_q} s_k={seqlen_k} {kind}: {problem}")
+    assert not wrong, f"{len(wrong)} cases are wrong:\n" + "\n".join(wrong)
+
+
+def test_both_kernels_are_tried():
+    capacity = capacity_of(torch.device("cuda"))
+    grids = [worker_grid(batch_size, heads, 1, capacity) for heads in NUM_HEADS for batch_size, _ in BATCHES]
+    assert {grid.rows_per_tile for grid in grids} == {16, 32, 64}
+    assert {grid.num_lanes > 1 for grid in grids if grid.is_swapped} == {False, True}
+    sizes = {grid.split_ctas for grid in grids if grid.is_swapped}
+    assert sizes >= {8, 4, 2, 1}
+
+
+def test_plan_for_more_workers_than_there_are():
+    """A plan for other head counts may have the same shape: results are wrong, nothing else."""
+    cache = make_cache([60_000, 1, 100], 1, BF16, seed=18)
+    wide, narrow = (make_queries(3, 1, num_heads_q, BF16, seed=18) for num_heads_q in (64, 16))
+    plan = make_plan(cache, wide)
+    capacity = capacity_of(torch.device("cuda"))
+    assert plan[0].shape == make_plan(cache, narrow)[0].shape
+    assert int(plan[0][:, 7].max()) >= worker_grid(3, 16, 1, capacity).num_workers
+    decode(narrow, cache, False, plan=plan)
+    torch.cuda.synchronize()
+    check(narrow, cache, False)
 
 
 @DTYPES

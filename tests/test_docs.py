@@ -202,7 +202,7 @@ def say_what_loading_says(messages: Messages, monkeypatch) -> None:
         messages.add(flash_mla.unavailable_reason())
     compiled = (ROOT / "csrc" / "ops" / "device.cpp").read_text()
     needed = "flash_mla's kernels need an sm_90 GPU (H100, H200, H800, H20), got sm_"
-    assert f'"{needed}"' in compiled and re.search(r'major, minor, " \(cuda:", device, "\)"', compiled)
+    assert f'"{needed}"' in compiled and re.search(r'major, minor, " \(cuda:", index, "\)"', compiled)
     messages.add(f"{needed}80 (cuda:0)")
 
     for site_packages in (Path("/elsewhere"), extension.PACKAGE_DIR.parent):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import CAPACITIES, UNUSUAL_CLUSTERS
 
 from flash_mla import checks, schedule
 
@@ -27,7 +29,8 @@ PRIMITIVES = "kernels/sm90/primitives"
 
 # What each module of the package may import is what stands before it.
 PYTHON_LAYERS = (
-    {"_version", "extension", "schedule"},
+    {"_version", "extension"},
+    {"schedule"},
     {"checks"},
     {"merge", "value_checks"},
     {"cpu"},
@@ -140,8 +143,14 @@ def test_constants_are_the_same_on_host_and_device():
         "kPageSize": schedule.PAGE_SIZE,
         "kBlockM": schedule.BLOCK_M,
         "kMaxLanes": schedule.MAX_LANES,
-        "kSplitOverheadBlocks": schedule.SPLIT_OVERHEAD_BLOCKS,
-        "kMinBlocksPerSplit": schedule.MIN_BLOCKS_PER_SPLIT,
+        "kMaxSplitCtas": schedule.MAX_SPLIT_CTAS,
+        "kMaxSwappedRows": schedule.MAX_SWAPPED_ROWS,
+        "kMaxSwappedRowsOfFew": schedule.MAX_SWAPPED_ROWS_OF_FEW,
+        "kFewRequests": schedule.FEW_REQUESTS,
+        "kDenseSplitOverhead": schedule.DENSE_SPLIT_OVERHEAD,
+        "kDenseMinSplit": schedule.DENSE_MIN_SPLIT,
+        "kSwappedSplitOverhead": schedule.SWAPPED_SPLIT_OVERHEAD,
+        "kSwappedMinSplit": schedule.SWAPPED_MIN_SPLIT,
         "kHeadDim": checks.HEAD_DIM,
         "kHeadDimV": checks.HEAD_DIM_V,
     }
@@ -153,16 +162,37 @@ def test_constants_are_the_same_on_host_and_device():
 GRID_PROGRAM = """
 #include <cstdio>
 #include "params/work_division.h"
+using namespace flash_mla;
+void print(WorkerGrid const& grid) {
+    std::printf("%d %d %d %d %d %d %d %d %d ", grid.num_lanes, grid.num_workers, grid.tiles_per_request,
+                grid.lane_groups, grid.rows_per_tile, grid.split_ctas, grid.split_overhead_blocks,
+                grid.min_blocks_per_split, grid.is_swapped());
+}
 int main() {
-    int rows, heads, sms;
-    std::printf("%d\\n", flash_mla::kWorkerRowInts);
-    while (std::scanf("%d %d %d", &rows, &heads, &sms) == 3) {
-        auto const grid = flash_mla::worker_grid(rows, heads, sms);
-        std::printf("%d %d %d %d\\n", grid.num_lanes, grid.num_workers, grid.tiles_per_request,
-                    flash_mla::num_partial_slots(grid.num_workers) * grid.num_lanes * flash_mla::kBlockM);
+    std::printf("%d\\n", kWorkerRowInts);
+    ClusterCapacity capacity{};
+    for (int batch_size, rows, heads; std::scanf("%d %d %d", &batch_size, &rows, &heads) == 3;) {
+        for (int& clusters : capacity.num_clusters) if (std::scanf("%d", &clusters) != 1) return 1;
+        print(worker_grid(batch_size, rows, heads, capacity));
+        print(dense_grid(rows, heads, capacity.num_sms()));
+        print(swapped_grid(batch_size > 0 ? batch_size : 1, rows, heads, capacity));
+        std::printf("%d %lld\\n", num_plan_rows(rows, heads, capacity.num_sms()),
+                    static_cast<long long>(num_partial_rows(rows, heads, capacity.num_sms())));
     }
 }
 """
+
+
+def grids_of(batch_size: int, rows: int, heads: int, capacity: schedule.ClusterCapacity) -> list[int]:
+    """What the program prints."""
+    grids = (
+        schedule.worker_grid(batch_size, rows, heads, capacity),
+        schedule.dense_grid(rows, heads, capacity.num_sms),
+        schedule.swapped_grid(max(batch_size, 1), rows, heads, capacity),
+    )
+    sizes = (schedule.num_plan_rows, schedule.num_partial_rows)
+    numbers = [number for grid in grids for number in (*grid, int(grid.is_swapped))]
+    return [*numbers, *(size(rows, heads, capacity.num_sms) for size in sizes)]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")
@@ -170,16 +200,26 @@ def test_worker_grid_is_the_same_on_host_and_device(tmp_path):
     source, program = tmp_path / "grid.cpp", tmp_path / "grid"
     source.write_text(GRID_PROGRAM)
     subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
-    row_counts = [*range(1, 1200, 13), *(64 * tiles + extra for tiles in (1, 2, 7, 8, 9, 33, 256) for extra in (0, 1))]
-    cases = [(rows, heads, sms) for rows in row_counts for heads in (1, 3) for sms in (1, 2, 7, 78, 114, 132, 144)]
-    given = "\n".join(" ".join(map(str, case)) for case in cases)
+    rows = {
+        *range(1, 140, 5),
+        16,
+        32,
+        48,
+        64,
+        128,
+        *(64 * tiles + more for tiles in (1, 2, 7, 9, 33) for more in (0, 1)),
+    }
+    capacities = [*CAPACITIES.values(), *(schedule.ClusterCapacity(clusters) for clusters in UNUSUAL_CLUSTERS)]
+    batch_sizes = (0, 1, 2, 3, 9, 12, 15, 16, 17, 20, 30, 31, 40, 70, 140, 24 * 1024)
+    cases = list(itertools.product(batch_sizes, sorted(rows), (1, 3), capacities))
+    # Requests times heads beyond 32 bits.
+    cases += [(4, 1, 2**30, capacity) for capacity in capacities]
+    given = "\n".join(" ".join(map(str, (*case, *capacity.num_clusters))) for *case, capacity in cases)
     process = subprocess.run([str(program)], input=given, capture_output=True, text=True, check=True)
     columns, *lines = process.stdout.splitlines()
-    assert int(columns) == schedule.METADATA_COLUMNS
-    grids = [schedule.worker_grid(*case) for case in cases]
-    assert [tuple(map(int, line.split())) for line in lines] == [
-        (*grid, schedule.num_partial_rows(grid)) for grid in grids
-    ]
+    assert int(columns) == schedule.METADATA_COLUMNS and len(lines) == len(cases)
+    for case, line in zip(cases, lines, strict=True):
+        assert list(map(int, line.split())) == grids_of(*case), case
 
 
 def op_names() -> set[str]:

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from cases import HEAD_DIM, HEAD_DIM_V, Case, make_case
+from plans import CAPACITIES
 from reference import assert_close, reference
 
 import flash_mla
@@ -180,7 +181,7 @@ def test_gpu_and_cpu_agree(seqlen_q):
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA")
 def test_fake_cuda_tensors_need_no_kernels(monkeypatch):
     """Tracing for another machine's GPU takes shapes only."""
-    monkeypatch.setattr("flash_mla.schedule.num_sms_of", lambda device: 78)
+    monkeypatch.setattr("flash_mla.schedule.capacity_of", lambda device: CAPACITIES[78])
     with torch._subclasses.FakeTensorMode():
         seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
         metadata, num_splits = ops.decode_schedule(seqlens, 16, 1)

@@ -122,7 +122,7 @@ def test_there_is_a_plan_for_more_row_tiles_than_sms(device, seqlen_q, num_heads
     num_rows = seqlen_q * num_heads_q
     seqlens = torch.tensor([seqlen_q + 5], dtype=torch.int32, device=device)
     metadata, _ = get_mla_decoding_metadata(seqlens, num_rows, 1)
-    grid = schedule.worker_grid(num_rows, 1, schedule.num_sms_of(torch.device(device)))
+    grid = schedule.worker_grid(1, num_rows, 1, schedule.capacity_of(torch.device(device)))
     assert grid.num_workers >= 1 and metadata.shape[0] == grid.num_workers
     num_split = (metadata[:, 2] > 0).sum()
     assert metadata[:, 6].sum() == grid.tiles_per_request + num_split

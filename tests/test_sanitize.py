@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import sanitized_cases
 import torch
-from sanitized_cases import APPEND_CASES, CASES, ROUTES, routes_of
+from plans import CAPACITIES
+from sanitized_cases import APPEND_CASES, CASES, ROUTES, SWAPPED_CASES, routes_of
 
 from build_tools import sanitize
 
@@ -18,18 +19,24 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "kernels"
 
 
-@pytest.mark.parametrize("num_sms", [78, 114, 132])
-def test_cases_take_every_way(num_sms):
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
+def test_cases_take_every_way(capacity):
     taken: set[str] = set()
     for case in CASES:
-        taken |= routes_of(case, num_sms)
+        taken |= routes_of(case, capacity)
     assert taken == ROUTES
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
+def test_cases_run_the_kernel_they_are_for(capacity):
+    assert [case.name for case in CASES if case.grid(capacity).is_swapped] == [case.name for case in SWAPPED_CASES]
 
 
 @pytest.mark.parametrize(
     ("name", "file", "expected"),
     [
-        ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES),
+        ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES["dense"]),
+        ("kNumStages", "sm90/swapped_decode/traits.h", sanitized_cases.NUM_STAGES["swapped"]),
         ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
     ],
 )

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plans import CAPACITIES, UNUSUAL_CLUSTERS
 
 from flash_mla.schedule import (
     BLOCK_M,
-    CPU_NUM_SMS,
+    CPU_CAPACITY,
     MAX_LANES,
-    MIN_BLOCKS_PER_SPLIT,
+    MAX_SPLIT_CTAS,
     PAGE_SIZE,
-    SPLIT_OVERHEAD_BLOCKS,
+    ClusterCapacity,
+    WorkerGrid,
+    capacity_of,
     decode_schedule,
+    dense_grid,
+    num_partial_rows,
+    num_plan_rows,
     worker_grid,
 )
 
-NUM_SMS = st.sampled_from([1, 2, 7, 78, 114, 132, 144])
+
+@st.composite
+def any_capacity(draw: st.DrawFn) -> ClusterCapacity:
+    num_sms = draw(st.integers(1, 144))
+    larger = (draw(st.integers(0, num_sms // size)) for size in range(2, MAX_SPLIT_CTAS + 1))
+    return ClusterCapacity((0, num_sms, *larger))
+
+
+KNOWN_CAPACITIES = [*CAPACITIES.values(), *map(ClusterCapacity, UNUSUAL_CLUSTERS)]
+CAPACITY = st.one_of(st.sampled_from(KNOWN_CAPACITIES), any_capacity())
+# With and without large clusters.
+OF_SEVERAL_GPUS = pytest.mark.parametrize("capacity", KNOWN_CAPACITIES[:4], ids=["132", "114", "78", "small-clusters"])
 NUM_ROWS = st.one_of(st.integers(1, 300), st.integers(1, 16384))
 LENGTHS = st.one_of(
     st.lists(st.integers(0, 300), min_size=1, max_size=40),
@@ -30,6 +48,8 @@ LENGTHS = st.one_of(
 SHAPES = [
     (1, 1, 1),
     (16, 1, 1),
+    (32, 1, 1),
+    (48, 1, 1),
     (64, 2, 1),
     (65, 1, 2),
     (128, 1, 2),
@@ -48,7 +68,11 @@ BATCHES = [
     (1, 1),
     (1, 100_000),
     (1, 2**31 - 2),
+    (2, 70_000),
+    (3, 100_000),
     (7, 64),
+    (16, 3000),
+    (35, 20_000),
     (64, 4096),
     (133, 5000),
     (1025, 3000),
@@ -60,9 +84,13 @@ def num_blocks_of(length: int) -> int:
     return -(-max(length, 0) // PAGE_SIZE)
 
 
-def plan(lengths: list[int], num_rows: int, num_heads_kv: int, num_sms: int):
-    metadata, num_splits = decode_schedule(torch.tensor(lengths, dtype=torch.int32), num_rows, num_heads_kv, num_sms)
-    return metadata, num_splits
+def plan(lengths: list[int], num_rows: int, num_heads_kv: int, capacity: ClusterCapacity = CPU_CAPACITY):
+    return decode_schedule(torch.tensor(lengths, dtype=torch.int32), num_rows, num_heads_kv, capacity)
+
+
+def quota_of(lengths: list[int], grid: WorkerGrid) -> int:
+    total = sum(num_blocks_of(length) + grid.split_overhead_blocks for length in lengths) * grid.tiles_per_request
+    return max(-(-total // grid.num_workers), grid.split_overhead_blocks + grid.min_blocks_per_split)
 
 
 def read_pieces(rows: list[list[int]], lengths: list[int], tiles: int):
@@ -84,14 +112,20 @@ def read_pieces(rows: list[list[int]], lengths: list[int], tiles: int):
     return pieces
 
 
-def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, num_sms: int) -> None:
-    grid = worker_grid(num_rows, num_heads_kv, num_sms)
+def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, capacity: ClusterCapacity):
+    """Returns the pieces of each worker, and of each tile who has a part of it."""
+    grid = worker_grid(len(lengths), num_rows, num_heads_kv, capacity)
     tiles = grid.tiles_per_request
-    metadata, num_splits = plan(lengths, num_rows, num_heads_kv, num_sms)
+    metadata, num_splits = plan(lengths, num_rows, num_heads_kv, capacity)
     assert metadata.dtype == num_splits.dtype == torch.int32
-    assert metadata.shape == (grid.num_workers, 8) and num_splits.shape == (len(lengths) + 1,)
+    assert metadata.shape == (num_plan_rows(num_rows, num_heads_kv, capacity.num_sms), 8)
+    assert num_splits.shape == (len(lengths) + 1,)
     rows = metadata.tolist()
     pieces = read_pieces(rows, lengths, tiles)
+    end_of_line = [len(lengths), 0, 0] * 2
+    assert rows[grid.num_workers :] == [
+        [*end_of_line, 0, worker] for worker in range(grid.num_workers, metadata.shape[0])
+    ]
 
     # In the order of the workers the pieces are the work line: each tile from block 0 to its end, no gap, no overlap.
     line = [piece for own in pieces for piece in own]
@@ -104,12 +138,19 @@ def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, num_sms: in
         expected_tile, expected_block = (expected_tile + 1, 0) if end == num_blocks else (expected_tile, end)
     assert (expected_tile, expected_block) == (len(lengths) * tiles, 0)
 
-    # Nobody does more than a fair share plus the overhead of one piece.
-    total = sum((num_blocks_of(length) + SPLIT_OVERHEAD_BLOCKS) * tiles for length in lengths)
-    quota = max(-(-total // grid.num_workers), SPLIT_OVERHEAD_BLOCKS + MIN_BLOCKS_PER_SPLIT)
+    # Nobody does more than a fair share plus the overhead of one and a half pieces.
+    quota, overhead = quota_of(lengths, grid), grid.split_overhead_blocks
     for own in pieces:
-        cost = sum(end - begin + SPLIT_OVERHEAD_BLOCKS for _, _, begin, end in own)
-        assert cost <= quota + SPLIT_OVERHEAD_BLOCKS
+        cost = sum(end - begin + overhead for _, _, begin, end in own)
+        assert cost <= quota + overhead + overhead // 2
+
+    # Whoever merges a tile finds the parts of it at the workers that follow, without a gap.
+    workers_of = defaultdict(list)
+    for worker, own in enumerate(pieces):
+        for batch, tile, _, _ in own:
+            workers_of[batch * tiles + tile].append(worker)
+    for workers in workers_of.values():
+        assert workers == list(range(workers[0], workers[0] + len(workers)))
 
     # last_worker is who ends the tile of the last piece.
     finisher = {
@@ -128,15 +169,56 @@ def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, num_sms: in
     counts = Counter(piece[0] for piece in line)
     assert num_splits[0] == 0
     assert num_splits.diff().tolist() == [counts[batch] for batch in range(len(lengths))]
+    return pieces, workers_of
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths=LENGTHS, num_rows=NUM_ROWS, num_heads_kv=st.integers(1, 4), num_sms=NUM_SMS)
-@example(lengths=[0], num_rows=1, num_heads_kv=1, num_sms=132)
-@example(lengths=[64 * 132], num_rows=16384, num_heads_kv=1, num_sms=132)
-@example(lengths=[2**31 - 1], num_rows=1, num_heads_kv=1, num_sms=132)
-def test_every_block_is_covered_once_and_work_is_even(lengths, num_rows, num_heads_kv, num_sms):
-    check_plan(lengths, num_rows, num_heads_kv, num_sms)
+@given(lengths=LENGTHS, num_rows=NUM_ROWS, num_heads_kv=st.integers(1, 4), capacity=CAPACITY)
+@example(lengths=[0], num_rows=1, num_heads_kv=1, capacity=CPU_CAPACITY)
+@example(lengths=[64 * 132], num_rows=16384, num_heads_kv=1, capacity=CPU_CAPACITY)
+@example(lengths=[2**31 - 1], num_rows=1, num_heads_kv=1, capacity=CPU_CAPACITY)
+def test_every_block_is_covered_once_and_work_is_even(lengths, num_rows, num_heads_kv, capacity):
+    check_plan(lengths, num_rows, num_heads_kv, capacity)
+
+
+@OF_SEVERAL_GPUS
+@pytest.mark.parametrize("num_rows", [16, 32, 48, 64, 128, 300])
+def test_tiles_are_divided_evenly(num_rows, capacity):
+    """Equal tiles among as many workers each, where that is nearly as even as it can be; else by a fair share."""
+    num_even = num_fair = 0
+    for batch_size, num_blocks in itertools.product(
+        (1, 2, 3, 5, 7, 15, 16, 20, 39, 40, 66, 70, 131, 132, 133), (0, 1, 7, 20, 33, 64, 1000)
+    ):
+        grid = worker_grid(batch_size, num_rows, 1, capacity)
+        lengths = [PAGE_SIZE * num_blocks] * batch_size
+        pieces, workers_of = check_plan(lengths, num_rows, 1, capacity)
+        num_tiles = batch_size * grid.tiles_per_request
+        share = grid.num_workers // num_tiles
+        if share == 0:
+            continue
+        piece = max(-(-num_blocks // share), grid.min_blocks_per_split)
+        if num_blocks <= grid.split_overhead_blocks + grid.min_blocks_per_split:
+            piece = num_blocks
+        if piece > quota_of(lengths, grid) + grid.split_overhead_blocks // 2:
+            num_fair += 1
+            continue
+        num_even += 1
+        for tile, workers in workers_of.items():
+            # A tile without blocks is left to the last one.
+            first = tile * share if num_blocks > 0 else tile * share + share - 1
+            assert workers == list(range(first, first + (-(-num_blocks // piece) if piece > 0 else 1)))
+        assert max(end - begin for own in pieces for _, _, begin, end in own) <= piece
+    assert num_even > 0 and num_fair > 0
+
+
+@OF_SEVERAL_GPUS
+@pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
+def test_nearly_equal_lengths(num_rows, capacity):
+    generator = torch.Generator().manual_seed(num_rows)
+    for batch_size, longest in itertools.product((1, 2, 3, 9, 16, 18, 33, 50, 100), (1, 500, 4096, 100_000)):
+        lengths = torch.randint(longest * 9 // 10, longest + 1, (batch_size,), generator=generator).tolist()
+        check_plan(lengths, num_rows, 1, capacity)
+        check_plan([*lengths[1:], 0], num_rows, 1, capacity)
 
 
 @settings(max_examples=15, deadline=None)
@@ -151,40 +233,89 @@ def test_every_block_is_covered_once_and_work_is_even(lengths, num_rows, num_hea
 def test_large_batches(batch_size, longest, num_rows, seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (batch_size,), generator=generator).tolist()
-    check_plan(lengths, num_rows, 1, CPU_NUM_SMS)
+    check_plan(lengths, num_rows, 1, CPU_CAPACITY)
 
 
-def test_no_requests():
-    metadata, num_splits = plan([], 16, 1, 132)
-    assert metadata.shape == (132, 8) and metadata[:, 6].sum() == 0
+@pytest.mark.parametrize("capacity", KNOWN_CAPACITIES, ids=lambda capacity: "-".join(map(str, capacity.num_clusters)))
+def test_no_requests(capacity):
+    metadata, num_splits = plan([], 16, 1, capacity)
+    assert metadata.shape == (capacity.num_sms, 8) and metadata[:, 6].sum() == 0
     assert num_splits.tolist() == [0]
 
 
 @settings(max_examples=300, deadline=None)
-@given(num_rows=NUM_ROWS, num_heads_kv=st.integers(1, 8), num_sms=NUM_SMS)
-def test_worker_grid_covers_all_rows(num_rows, num_heads_kv, num_sms):
-    grid = worker_grid(num_rows, num_heads_kv, num_sms)
-    row_tiles = -(-num_rows // BLOCK_M)
+@given(num_rows=NUM_ROWS, num_heads_kv=st.integers(1, 8), batch_size=st.integers(0, 200), capacity=CAPACITY)
+def test_worker_grid_covers_all_rows(num_rows, num_heads_kv, batch_size, capacity):
+    grid = worker_grid(batch_size, num_rows, num_heads_kv, capacity)
+    row_tiles = -(-num_rows // grid.rows_per_tile)
     assert 1 <= grid.num_lanes <= MAX_LANES
-    assert grid.num_workers >= 1 and grid.num_workers * grid.num_lanes <= num_sms
-    assert grid.tiles_per_request % num_heads_kv == 0
-    groups = grid.tiles_per_request // num_heads_kv
-    assert groups * grid.num_lanes >= row_tiles > (groups - 1) * grid.num_lanes
+    assert grid.num_workers >= 1 and grid.num_workers * grid.num_lanes <= capacity.num_clusters[grid.split_ctas]
+    assert grid.tiles_per_request == grid.lane_groups * num_heads_kv
+    assert grid.lane_groups * grid.num_lanes >= row_tiles > (grid.lane_groups - 1) * grid.num_lanes
+    assert grid.is_swapped == (grid.rows_per_tile < BLOCK_M) and (grid.is_swapped or grid.split_ctas == 1)
+
+
+def check_room(num_rows: int, num_heads_kv: int, batch_size: int, capacity: ClusterCapacity) -> None:
+    """The plan and the partial results of any batch fit what is made for every batch."""
+    grid = worker_grid(batch_size, num_rows, num_heads_kv, capacity)
+    assert grid.num_workers <= num_plan_rows(num_rows, num_heads_kv, capacity.num_sms)
+    num_slots = 2 * grid.num_workers  # the first and the last piece of each worker
+    rows = num_partial_rows(num_rows, num_heads_kv, capacity.num_sms)
+    assert num_slots * grid.num_lanes * grid.rows_per_tile <= rows
+
+
+@pytest.mark.parametrize("capacity", KNOWN_CAPACITIES, ids=lambda capacity: "-".join(map(str, capacity.num_clusters)))
+def test_plans_of_all_batches_fit(capacity):
+    rows = (1, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 97, 127, 128, 129, 192, 256, 300, 448, 512, 4096)
+    for num_rows, num_heads_kv, batch_size in itertools.product(rows, (1, 2, 3), range(0, 145)):
+        check_room(num_rows, num_heads_kv, batch_size, capacity)
+
+
+@settings(max_examples=300, deadline=None)
+@given(num_rows=NUM_ROWS, num_heads_kv=st.integers(1, 8), batch_size=st.integers(0, 200), capacity=CAPACITY)
+def test_plans_of_all_gpus_fit(num_rows, num_heads_kv, batch_size, capacity):
+    check_room(num_rows, num_heads_kv, batch_size, capacity)
 
 
 @pytest.mark.parametrize(("num_rows", "num_heads_kv", "num_lanes"), SHAPES)
 def test_number_of_lanes(num_rows, num_heads_kv, num_lanes):
-    assert worker_grid(num_rows, num_heads_kv, 132).num_lanes == num_lanes
+    assert dense_grid(num_rows, num_heads_kv, 132).num_lanes == num_lanes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "split_ctas"),
+    [(1, 8), (15, 8), (16, 6), (17, 6), (18, 4), (30, 4), (31, 3), (39, 3), (40, 2), (66, 2), (67, 1), (200, 1)],
+)
+def test_more_requests_make_smaller_clusters(batch_size, split_ctas):
+    grid = worker_grid(batch_size, 16, 1, CPU_CAPACITY)
+    assert grid.split_ctas == split_ctas and grid.num_workers == CPU_CAPACITY.num_clusters[split_ctas]
+
+
+def test_capacity_without_kernels_is_that_of_an_h200():
+    assert capacity_of(torch.device("cpu")) == CPU_CAPACITY
+    if not torch.cuda.is_available():
+        assert capacity_of(torch.device("cuda")) == CPU_CAPACITY
+
+
+@pytest.mark.gpu
+def test_capacity_of_a_gpu():
+    capacity = capacity_of(torch.device("cuda"))
+    assert capacity == capacity_of(torch.device("cuda", torch.cuda.current_device()))
+    assert capacity.num_sms == torch.cuda.get_device_properties(0).multi_processor_count
+    assert len(capacity.num_clusters) == MAX_SPLIT_CTAS + 1
+    for size, num_clusters in enumerate(capacity.num_clusters):
+        assert 0 <= num_clusters * size <= capacity.num_sms
 
 
 def test_shape_does_not_depend_on_batch_or_lengths():
-    shapes = {plan(lengths, 16, 1, 132)[0].shape for lengths in ([], [0], [5], [10**6], [0] * 100, list(range(1000)))}
-    assert shapes == {(132, 8)}
+    for num_rows, rows in ((16, 132), (64, 132), (128, 66)):
+        batches = ([], [0], [5], [10**6], [0] * 100, list(range(1000)))
+        assert {plan(lengths, num_rows, 1)[0].shape for lengths in batches} == {(rows, 8)}
 
 
 def test_even_lengths_split_evenly():
     """132 requests of equal length on 132 workers: one whole request each."""
-    metadata, num_splits = plan([4096] * 132, 16, 1, 132)
+    metadata, num_splits = plan([4096] * 132, 16, 1)
     assert metadata[:, 6].tolist() == [1] * 132
     assert num_splits[-1] == 132
 
@@ -192,15 +323,15 @@ def test_even_lengths_split_evenly():
 @pytest.mark.parametrize(("batch_size", "num_rows"), [(128, 16), (128, 128), (64, 128), (104, 300)])
 def test_whole_tiles_where_a_split_would_not_pay(batch_size, num_rows):
     """Nearly as many tiles as workers, or as a multiple of them: none is split, so nothing is to be merged."""
-    tiles = worker_grid(num_rows, 1, 132).tiles_per_request
-    metadata, num_splits = plan([4096] * batch_size, num_rows, 1, 132)
+    tiles = worker_grid(batch_size, num_rows, 1, CPU_CAPACITY).tiles_per_request
+    metadata, num_splits = plan([4096] * batch_size, num_rows, 1)
     assert num_splits.tolist() == [tiles * request for request in range(batch_size + 1)]
     assert metadata[:, 7].tolist() == list(range(metadata.shape[0]))
 
 
 def test_long_tiles_are_split():
     """100 requests would leave 32 of 132 workers idle for long."""
-    _, num_splits = plan([65536] * 100, 16, 1, 132)
+    _, num_splits = plan([65536] * 100, 16, 1)
     assert num_splits[-1] > 100
 
 
@@ -208,7 +339,7 @@ def test_op_is_the_host_twin():
     seqlens = torch.tensor([100, 0, 7000], dtype=torch.int32)
     for actual, expected in zip(
         torch.ops.flash_mla.decode_schedule(seqlens, 128, 1),
-        decode_schedule(seqlens, 128, 1, CPU_NUM_SMS),
+        decode_schedule(seqlens, 128, 1, CPU_CAPACITY),
         strict=True,
     ):
         assert torch.equal(actual, expected)
@@ -217,11 +348,11 @@ def test_op_is_the_host_twin():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_rows", "num_heads_kv", "num_lanes"), SHAPES)
 def test_device_and_host_agree(num_rows, num_heads_kv, num_lanes):
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    capacity = capacity_of(torch.device("cuda"))
     generator = torch.Generator().manual_seed(num_rows)
     for batch_size, longest in BATCHES:
         lengths = torch.randint(-2, longest + 1, (batch_size,), generator=generator).to(torch.int32)
         planned = torch.ops.flash_mla.decode_schedule(lengths.cuda(), num_rows, num_heads_kv)
-        expected = decode_schedule(lengths, num_rows, num_heads_kv, num_sms)
+        expected = decode_schedule(lengths, num_rows, num_heads_kv, capacity)
         for name, actual_part, expected_part in zip(("metadata", "num_splits"), planned, expected, strict=True):
             assert torch.equal(actual_part.cpu(), expected_part), f"{name} of {batch_size} requests up to {longest}"

@@ -25,8 +25,10 @@ inline constexpr int kFewRequests = 1;
 
 // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 // are per CTA of a cluster.
-inline constexpr int kDenseSplitOverhead = 5, kDenseMinSplit = 2;
-inline constexpr int kSwappedSplitOverhead = 2, kSwappedMinSplit = 2;
+inline constexpr int kDenseSplitOverhead = 5;
+inline constexpr int kDenseMinSplit = 2;
+inline constexpr int kSwappedSplitOverhead = 2;
+inline constexpr int kSwappedMinSplit = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -71,7 +73,7 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
 // Tiles of 16 or 32 rows, all of a request side by side. A request gets as large a cluster as leaves one for every
 // other request. The results of 8 column chunks are merged by all CTAs of a cluster; with 16 rows there is room for
 // uneven shares too.
-constexpr WorkerGrid swapped_grid(int num_requests, int num_rows_per_head_kv, int num_heads_kv,
+constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
     int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
@@ -92,7 +94,8 @@ constexpr WorkerGrid swapped_grid(int num_requests, int num_rows_per_head_kv, in
 
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
-    int const num_requests = batch_size * num_heads_kv;
+    int64_t const product = int64_t(batch_size) * num_heads_kv;
+    int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
     int const max_rows = num_requests <= kFewRequests ? kMaxSwappedRowsOfFew : kMaxSwappedRows;
     bool const has_sms = capacity.num_sms() >= ceil_div(kMaxSwappedRowsOfFew, kMaxSwappedRows);
     return num_rows_per_head_kv <= max_rows && has_sms

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     if (row.num_pieces == 0 || !begins_tile || row.last_worker <= worker) return;
     // Of a plan for other shapes.
     if (row.end_batch >= params.batch_size || row.end_tile >= grid.tiles_per_request) return;
+    if (row.last_worker >= grid.num_workers) return;
 
     int const row_in_cta = threadIdx.x / kThreadsPerRow;
     int const row_in_tile = blockIdx.z * kRowsPerCta + row_in_cta;
