@@ -18,23 +18,20 @@ from flash_mla import extension
 PAGE_SIZE = 64  # tokens per page, and per KV block
 BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
-MAX_SPLIT_CTAS = 8  # CTAs of a cluster that shares out KV blocks
-METADATA_COLUMNS = 8
-
-# Query rows that the swapped kernel serves, always, and where there are few requests (times KV heads).
-MAX_SWAPPED_ROWS = 32
-MAX_SWAPPED_ROWS_OF_FEW = 128
+MAX_SPLIT_CTAS = 8  # CTAs that share out the KV blocks of a lane
+MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves in any batch
+MAX_SWAPPED_ROWS_OF_FEW = 128  # and of up to FEW_REQUESTS requests, times KV heads
 FEW_REQUESTS = 1
+METADATA_COLUMNS = 8
 
 # The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 # are per CTA of a cluster.
-DENSE_SPLIT_OVERHEAD = 5
-DENSE_MIN_SPLIT = 2
-SWAPPED_SPLIT_OVERHEAD = 2
-SWAPPED_MIN_SPLIT = 2
+DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
+SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 2, 2
 
-# Sizes of clusters by query rows per CTA, the largest first: what their CTAs merge has to fit the shared memory.
-_SPLIT_CTAS = {16: (8, 6, 4, 3, 2), 32: (8, 4, 2)}
+_FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
+# Sizes of clusters by rows per CTA: merging has to fit their shared memory.
+_SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
 
 
 class ClusterCapacity(NamedTuple):
@@ -106,8 +103,9 @@ def dense_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> Wo
 def swapped_grid(
     num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """Tiles of 16 or 32 rows, all of a request side by side, and as large clusters as leave one for every request."""
-    rows_per_tile = 16 if num_rows_per_head_kv <= 16 else 32
+    """Tiles of 16 or 32 rows, all of a request side by side. A request gets as large a cluster as leaves one for every
+    other request."""
+    rows_per_tile = _FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS
     num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
     split_ctas = 1
     for size in _SPLIT_CTAS[rows_per_tile]:

@@ -25,8 +25,10 @@ inline constexpr int kFewRequests = 1;
 
 // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 // are per CTA of a cluster.
-inline constexpr int kDenseSplitOverhead = 5, kDenseMinSplit = 2;
-inline constexpr int kSwappedSplitOverhead = 2, kSwappedMinSplit = 2;
+inline constexpr int kDenseSplitOverhead = 5;
+inline constexpr int kDenseMinSplit = 2;
+inline constexpr int kSwappedSplitOverhead = 2;
+inline constexpr int kSwappedMinSplit = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

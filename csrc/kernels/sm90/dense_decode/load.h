@@ -11,6 +11,15 @@
 
 namespace flash_mla::sm90 {
 
+// The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
+template <typename Element>
+__device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
+    if (piece.is_end()) return static_cast<Element const*>(params.q);
+    QueryRow const at = query_row(params, piece.place, row_in_tile);
+    return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
+           (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
+}
+
 // Line by line: the instruction that fetches a whole row takes one lane after the other.
 template <typename Element>
 __device__ void prefetch_q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {

@@ -35,15 +35,6 @@ struct Piece {
     __device__ bool is_empty() const { return begin_block >= end_block; }
 };
 
-// The first element of a query row. Rows that do not exist read another one: what becomes of them is never stored.
-template <typename Element, int kRowsPerTile = kBlockM>
-__device__ Element const* q_row(DenseDecodeParams const& params, Piece const& piece, int row_in_tile) {
-    if (piece.is_end()) return static_cast<Element const*>(params.q);
-    QueryRow const at = query_row(params, piece.place, row_in_tile, kRowsPerTile);
-    return static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
-           (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
-}
-
 // Runs through the pieces in order. Lengths are read here and now: the plan only divides, so one made for other lengths
 // still gives right results.
 //

@@ -48,10 +48,11 @@ struct SwappedConsumer {
         while (has_piece) {
             Outputs outputs;
             int const num_active = add_blocks(piece, outputs);
+            send(outputs, num_active);
+            // While results are on their way.
             Piece following;
             has_piece = next_with_keys(pieces, following);
             if (Traits::kHasRoomForBoth && has_piece) load_q(following);
-            send(outputs, num_active);
             merge(piece, num_active);
             if (has_piece) {
                 sync_consumers();
@@ -112,9 +113,13 @@ private:
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
     __device__ void load_q(Piece const& piece) const {
         constexpr int kVectorsPerRow = kHeadDim / 8;
-#pragma unroll 1
+#pragma unroll 2
         for (int row = group * 4 + warp(); row < kRows; row += 4 * Traits::kNumGroups) {
-            Element const* const source = q_row<Element, kRows>(params, piece, row);
+            // Rows that do not exist read another one: what becomes of them is never stored.
+            QueryRow const at = query_row_of(piece, row);
+            Element const* const source =
+                static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
+                (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
             uint32_t const target = shared_address(shared.q) + row * 128;
 #pragma unroll
             for (int vector = lane(); vector < kVectorsPerRow; vector += 32) {
