@@ -48,6 +48,7 @@ struct SwappedConsumer {
         while (has_piece) {
             Outputs outputs;
             int const num_active = add_blocks(piece, outputs);
+            share_statistics();
             send(outputs, num_active);
             // While results are on their way.
             Piece following;
@@ -71,6 +72,8 @@ private:
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
     __device__ int num_ctas() const { return params.grid.split_ctas; }
+    // Alone, a CTA has nobody to wait for, and stores are all it takes.
+    __device__ bool is_alone() const { return num_ctas() == 1; }
     __device__ static void sync_consumers() { cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, 1); }
     __device__ void sync_group() const { cutlass::arch::NamedBarrier::sync(128, 2 + group); }
     __device__ QueryRow query_row_of(Piece const& piece, int row) const {
@@ -96,7 +99,7 @@ private:
     // Returns how many CTAs of the cluster have blocks of the piece.
     __device__ int add_blocks(Piece const& piece, Outputs& outputs) {
         BlockRange const blocks(piece, rank, num_ctas());
-        if (group == 0 && thread == 0) expect_results(blocks.num_active);
+        if (group == 0 && thread == 0 && !is_alone()) expect_results(blocks.num_active);
         cute::clear(outputs);
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
@@ -370,7 +373,7 @@ private:
 
     // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
     __device__ void allow_sending() const {
-        if (group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
+        if (!is_alone() && group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
     }
 
     __device__ void expect_results(int num_active) const {
@@ -385,9 +388,8 @@ private:
             shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
     }
 
-    // Reference, sum and output of each row, as far as this CTA has seen its keys, to the CTAs that merge them: the
-    // output in chunks of 64 columns.
-    __device__ void send(Outputs const& outputs, int num_active) {
+    // Reference and sum of each row, as far as this CTA has seen its keys, to shared memory.
+    __device__ void share_statistics() {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
@@ -398,30 +400,53 @@ private:
         }
         if (!Traits::kHasRoomForBoth) allow_sending();
         sync_consumers();
+    }
+    __device__ float2 statistics(int row) const {
+        return {shared.reference[row],
+                (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row])};
+    }
+
+    // A tile of 8 rows of a chunk of the output, as this thread holds it.
+    __device__ static float4 fragment_of(Outputs const& outputs, int chunk_of_group, int tile) {
+        auto const at = [&](int c, int h) { return outputs(cute::make_coord(c, h, tile), chunk_of_group, 0); };
+        return {at(0, 0), at(1, 0), at(0, 1), at(1, 1)};
+    }
+    __device__ float4& received_from(int sender, int own_chunk, int tile) const {
+        int const slot = own_chunk * num_ctas() + sender;
+        return shared.received[slot * Traits::kVectorsPerChunk + tile * 128 + thread];
+    }
+
+    // What this CTA has of the output, and the statistics of its rows, to where they are merged.
+    __device__ void send(Outputs const& outputs, int num_active) const {
+        if (!is_alone()) return send_to_cluster(outputs, num_active);
+        if (int const row = group * 128 + thread; row < kRows) shared.received_statistics[0][row] = statistics(row);
+#pragma unroll
+        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+#pragma unroll
+            for (int tile = 0; tile < kRowTiles; ++tile)
+                received_from(0, group * Traits::kChunksPerGroup + m, tile) = fragment_of(outputs, m, tile);
+        }
+    }
+
+    __device__ void send_to_cluster(Outputs const& outputs, int num_active) const {
         shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
         uint32_t const barrier = shared_address(shared.barriers.received);
 #pragma unroll 1
         for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
             int const row = i % kRows, target = i / kRows;
-            float const sum =
-                (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row]);
-            store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target),
-                         float2{shared.reference[row], sum}, remote_address(barrier, target));
+            store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target), statistics(row),
+                         remote_address(barrier, target));
         }
         if (rank >= num_active) return;
 #pragma unroll
         for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
             int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
-            int const target = chunk - own_chunk * num_ctas(), slot = own_chunk * num_ctas() + rank;
-            uint32_t const remote =
-                remote_address(shared_address(shared.received[slot * Traits::kVectorsPerChunk + thread]), target);
+            int const target = chunk - own_chunk * num_ctas();
+            uint32_t const remote = remote_address(shared_address(received_from(rank, own_chunk, 0)), target);
             uint32_t const remote_barrier = remote_address(barrier, target);
 #pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile) {
-                auto const at = [&](int c, int h) { return outputs(cute::make_coord(c, h, tile), m, 0); };
-                store_remote(remote + tile * 128 * sizeof(float4), float4{at(0, 0), at(1, 0), at(0, 1), at(1, 1)},
-                             remote_barrier);
-            }
+            for (int tile = 0; tile < kRowTiles; ++tile)
+                store_remote(remote + tile * 128 * sizeof(float4), fragment_of(outputs, m, tile), remote_barrier);
         }
     }
 
@@ -446,14 +471,17 @@ private:
 
     // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
-        shared.barriers.received.wait(piece_count % 2);
+        if (is_alone()) {
+            sync_consumers();
+        } else {
+            shared.barriers.received.wait(piece_count % 2);
+        }
         float const lse_log2 = weigh();
         sync_consumers();
 #pragma unroll 1
         for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
             int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
-            float4 const* part =
-                shared.received + own_chunk * num_ctas() * Traits::kVectorsPerChunk + tile * 128 + thread;
+            float4 const* part = &received_from(0, own_chunk, tile);
             float const* weight = &shared.weight[0][fragment_column(thread, tile)];
             float sum[4] = {};
 #pragma unroll 4

@@ -7,8 +7,8 @@
 //
 // A worker of the plan is a cluster of split_ctas CTAs per lane. They share out the KV blocks of each piece, and each
 // merges its part of the output columns from all of them: partial results go through distributed shared memory, not
-// through the L2, and only what several clusters have is left to the combine kernel. One CTA per SM, persistent over the
-// pieces of its worker.
+// through the L2, and only what several clusters have is left to the combine kernel. One CTA per SM, persistent over
+// the pieces of its worker.
 //
 // clang-format off
 // Warps
@@ -30,14 +30,16 @@
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
 // clang-format on
-// Consumers have one hardware barrier for all, one per group, and one that also votes. The cluster waits for itself once,
-// at the start. All that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
+// Consumers have one hardware barrier for all, one per group, and one that also votes. The cluster waits for itself
+// once, at the start. All that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
 //
 // One block: full, Sᵀ (both groups, 18 steps each), exchange, P by the references as they are and a vote whether these
 // still do; if not, as in a first block, references are raised and P is written again; Oᵀ; empty. Nothing overlaps here
-// but the copies: where rows are few the memory is the limit, and a block takes the CTA less time than it takes to come.
+// but the copies: where rows are few the memory is the limit, and a block takes the CTA less time than it takes to
+// come.
 //
-// Numerics as in the dense decode (online_softmax.h); in a cluster sums and outputs are added in the order of the ranks.
+// Numerics as in the dense decode (online_softmax.h); in a cluster sums and outputs are added in the order of the
+// ranks.
 #pragma once
 
 #include "kernels/sm90/primitives/dependent_launch.h"
