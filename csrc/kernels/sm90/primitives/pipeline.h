@@ -11,23 +11,6 @@ using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;  // also co
 // A value that is the same in all lanes, in a uniform register: that is where a reduction leaves it.
 __device__ inline uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
-// A barrier of kNumThreads threads, which all learn whether any came with true.
-template <int kNumThreads, int kHardwareBarrier>
-__device__ inline bool barrier_any(bool value) {
-    uint32_t any;
-    asm volatile(
-        "{\n"
-        ".reg .pred mine, any;\n"
-        "setp.ne.u32 mine, %1, 0;\n"
-        "barrier.cta.red.or.pred any, %2, %3, mine;\n"
-        "selp.u32 %0, 1, 0, any;\n"
-        "}\n"
-        : "=r"(any)
-        : "r"(uint32_t(value)), "n"(kHardwareBarrier), "n"(kNumThreads)
-        : "memory");
-    return any != 0;
-}
-
 // Eight arrivals for a whole warp, after everything its lanes did: by the first lane of each quad, which is the one
 // that stores and loads what there is to say about the quad's rows of a fragment. So each such access is ordered by the
 // thread that made it.

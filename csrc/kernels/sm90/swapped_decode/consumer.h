@@ -26,7 +26,6 @@ struct SwappedConsumer {
     static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
     static constexpr int kOwnScores = 4 * kOwnRowTiles;
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
-    static constexpr int kVoteBarrier = 1;  // of the hardware; those below 8 are not CUTLASS's for the user
     static constexpr float kLn2 = 0.693147180559945309417f;
 
     DenseDecodeParams const& params;
@@ -253,7 +252,11 @@ private:
         for (int i = 0; i < kOwnRows; ++i) previous_sum[i] = row_sum[i];
         write_probabilities(scores);
         cutlass::arch::fence_view_async_shared();
-        if (!barrier_any<Traits::kConsumerThreads, kVoteBarrier>(!within)) return true;
+        bool const all_within = __all_sync(~0u, within);
+        if (lane() == 0) shared.exceeds[group][warp()] = !all_within;
+        sync_consumers();
+        uint2 const exceeds = *reinterpret_cast<uint2 const*>(shared.exceeds);
+        if ((exceeds.x | exceeds.y) == 0) return true;
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) row_sum[i] = previous_sum[i];
         return false;

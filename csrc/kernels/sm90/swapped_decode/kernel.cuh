@@ -30,8 +30,8 @@
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
 // clang-format on
-// Consumers have one hardware barrier for all, one per group, and one that also votes. The cluster waits for itself
-// once, at the start. All that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
+// Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All that
+// ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
 //
 // One block: full, Sᵀ (both groups, 18 steps each), exchange, P by the references as they are and a vote whether these
 // still do; if not, as in a first block, references are raised and P is written again; Oᵀ; empty. Nothing overlaps here

@@ -90,6 +90,7 @@ struct SwappedDecodeTraits {
         float reference[kRows];                                        // log2
         alignas(16) float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
         alignas(8) float weight[kMaxSplitCtas][kRows];
+        alignas(8) bool exceeds[kNumGroups][4];  // by warp
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
