@@ -30,8 +30,8 @@
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
 // clang-format on
-// Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All that
-// ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
+// Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
+// that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
 //
 // One block: full, Sᵀ (both groups, 18 steps each), exchange, P by the references as they are and a vote whether these
 // still do; if not, as in a first block, references are raised and P is written again; Oᵀ; empty. Nothing overlaps here
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     int const rank = cute::block_rank_in_cluster();
     int const group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == Traits::kNumGroups) {
-        SwappedProducer<Traits>{params, maps, shared, rank}.run();
+        if (threadIdx.x == Traits::kConsumerThreads) SwappedProducer<Traits>{params, maps, shared, rank}.run();
+        __syncwarp();
         cute::cluster_wait();
     } else {
         SwappedConsumer<Traits>{params, shared, group, int(threadIdx.x % 128), rank}.run();

@@ -1,4 +1,4 @@
-// The warp that loads KV blocks, from the block table through TMA into shared memory.
+// The thread that loads KV blocks, from the block table through TMA into shared memory.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -24,17 +24,16 @@ struct SwappedProducer {
 
 private:
     __device__ void load(Piece const& piece) {
-        int const lane = threadIdx.x % 32;
         BlockRange const blocks(piece, rank, params.grid.split_ctas);
         int const* const pages = params.block_table + piece.batch * params.block_table_stride;
-        for (int base = blocks.begin; base < blocks.end; base += 32) {
-            int const num_blocks = min(blocks.end - base, 32);
-            int const own_page = lane < num_blocks ? __ldg(pages + base + lane) : 0;
-            for (int i = 0; i < num_blocks; ++i) {
-                int const page = __shfl_sync(~0u, own_page, i);
-                if (lane == 0) load_block(page, piece.place.head_kv);
-                ++count;
-            }
+        int page = 0;
+        if (blocks.begin < blocks.end) page = __ldg(pages + blocks.begin);
+        for (int block = blocks.begin; block < blocks.end; ++block) {
+            // The next page comes while there is no room for this block.
+            int const next_page = block + 1 < blocks.end ? __ldg(pages + block + 1) : 0;
+            load_block(page, piece.place.head_kv);
+            page = next_page;
+            ++count;
         }
     }
 
