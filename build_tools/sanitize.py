@@ -42,7 +42,10 @@ def command(sanitizer: str, tool: str, cases: Sequence[str] = (), print_limit: i
     if tool == "racecheck":
         options += ["--racecheck-report", "all"]
     program = [sys.executable, str(ROOT / "tests" / "sanitized_cases.py")]
-    return [sanitizer, *options, *program, *(argument for case in cases for argument in ("--case", case))]
+    selection = [argument for case in cases for argument in ("--case", case)]
+    if tool == "racecheck":
+        selection.append("--for-racecheck")
+    return [sanitizer, *options, *program, *selection]
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

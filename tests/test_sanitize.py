@@ -32,6 +32,13 @@ def test_cases_run_the_kernel_they_are_for(capacity):
     assert [case.name for case in CASES if case.grid(capacity).is_swapped] == [case.name for case in SWAPPED_CASES]
 
 
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
+def test_racecheck_follows_clusters_of_all_sizes(capacity):
+    followed = [case for case in SWAPPED_CASES if sanitized_cases.is_followed_by_racecheck(case, capacity)]
+    assert {case.split_ctas for case in followed if case.num_rows_per_head_kv == 16} >= {8, 6, 4, 3, 2, 1}
+    assert {case.split_ctas for case in followed if case.num_rows_per_head_kv == 32} >= {8, 2, 1}
+
+
 @pytest.mark.parametrize(
     ("name", "file", "expected"),
     [
@@ -115,7 +122,9 @@ def test_unknown_case_is_refused(capsys):
 def test_command_watches_our_kernels_with_this_python():
     for tool in sanitize.TOOLS:
         command = sanitize.command("compute-sanitizer", tool)
-        assert command[0] == "compute-sanitizer" and command[-2] == sys.executable
-        options = dict(zip(command[1:-2:2], command[2:-2:2], strict=True))
+        python = command.index(sys.executable)
+        assert command[0] == "compute-sanitizer"
+        assert command[python + 2 :] == (["--for-racecheck"] if tool == "racecheck" else [])
+        options = dict(zip(command[1:python:2], command[2:python:2], strict=True))
         assert options["--tool"] == tool and options["--kernel-name"] == f"regex={sanitize.OWN_KERNELS}"
         assert options["--error-exitcode"] == "1"
