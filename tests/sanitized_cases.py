@@ -225,7 +225,7 @@ def routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
 
 
 def is_followed_by_racecheck(case: SanitizedCase, capacity: ClusterCapacity) -> bool:
-    """Whether racecheck comes to an end. Where the producer of the swapped kernel has to wait for room, it never did."""
+    """Whether racecheck comes to an end: it never did where the producer of the swapped kernel has to wait for room."""
     return "swapped: more blocks than stages" not in routes_of(case, capacity)
 
 
