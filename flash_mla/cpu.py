@@ -68,8 +68,7 @@ def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
     counts = given.num_rows_per_head_kv, given.num_heads_kv
     check_plan(given, schedule.num_plan_rows(*counts, CPU_CAPACITY.num_sms))
     # Nothing here follows the plan. A wrong one is found all the same, as on a GPU it would give wrong results.
-    tiles_per_request = schedule.worker_grid(batch_size, *counts, CPU_CAPACITY).tiles_per_request
-    check_planned_tiles(tile_scheduler_metadata, batch_size, tiles_per_request)
+    check_planned_tiles(tile_scheduler_metadata, batch_size, schedule.worker_grid(batch_size, *counts, CPU_CAPACITY))
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
 
     lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.checks import DecodeArguments
-from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, capacity_of, worker_grid
+from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid, capacity_of, worker_grid
 
 
 def is_switched_on(environ: Mapping[str, str] = os.environ, variable: str = "FLASH_MLA_CHECK") -> bool:
@@ -85,20 +85,30 @@ def check_lengths_and_pages(block_table: Tensor, cache_seqlens: Tensor, num_bloc
     )
 
 
-def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, tiles_per_request: int) -> None:
-    """Raise ValueError for a plan that was made for another number of requests or tiles, or that was never filled in.
+def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, grid: WorkerGrid) -> None:
+    """Raise ValueError for a plan that was made for another number of requests, tiles or workers, or that was never
+    filled in.
 
-    Plans for other shapes often have the same shape, and the kernels follow them: results would stay unwritten, or
-    requests that do not exist would be read. A plan ends with the last tile of the last request whatever the lengths.
+    Plans for other shapes or GPUs often have the same shape, and the kernels follow them: results would stay unwritten,
+    or requests that do not exist would be read. A plan ends with the last tile of the last request whatever the
+    lengths.
     """
     if batch_size == 0:
         return
     *_, end_batch, end_tile, _, num_pieces, _ = tile_scheduler_metadata.unbind(1)
     ends = torch.stack([end_batch, end_tile]).where(num_pieces > 0, -1)
     last_request, last_tile = ends.amax(1).tolist()
-    if (last_request, last_tile) == (batch_size - 1, tiles_per_request - 1):
+    if (last_request, last_tile) == (batch_size - 1, grid.tiles_per_request - 1):
+        num_workers = int((num_pieces > 0).nonzero().max()) + 1
+        if num_workers > grid.num_workers:
+            raise ValueError(
+                f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, "
+                f"seqlen_q and GPU), got one for {num_workers} or more"
+            )
         return
-    expected = f"a plan for {batch_size} requests of {tiles_per_request} tiles (for these head counts and seqlen_q)"
+    expected = (
+        f"a plan for {batch_size} requests of {grid.tiles_per_request} tiles (for these head counts and seqlen_q)"
+    )
     actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
     raise ValueError(f"tile_scheduler_metadata must be {expected}, got {actual}")
 
@@ -121,5 +131,5 @@ def check_values_unless_capturing(arguments: DecodeArguments) -> None:
         return
     counts = arguments.num_rows_per_head_kv, arguments.num_heads_kv
     grid = worker_grid(q.shape[0], *counts, capacity_of(q.device))
-    check_planned_tiles(metadata, q.shape[0], grid.tiles_per_request)
+    check_planned_tiles(metadata, q.shape[0], grid)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])

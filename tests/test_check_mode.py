@@ -15,7 +15,7 @@ import torch
 from cases import HEAD_DIM_V, Case, make_case
 
 import flash_mla
-from flash_mla import value_checks
+from flash_mla import schedule, value_checks
 
 
 @pytest.fixture(autouse=True)
@@ -166,8 +166,21 @@ def test_table_without_columns(device):
         decode(narrow)
 
 
+def test_plan_for_more_workers(device):
+    """As of a GPU that runs more clusters at once, or of 64 query rows for 16."""
+    grid = schedule.worker_grid(3, 16, 1, schedule.CPU_CAPACITY)
+    metadata = torch.zeros(132, 8, dtype=torch.int32, device=device)
+    for worker in range(grid.num_workers):
+        metadata[worker] = torch.tensor([2, 0, worker, 2, 0, worker + 1, 1, grid.num_workers - 1], device=device)
+    value_checks.check_planned_tiles(metadata, 3, grid)
+    metadata[grid.num_workers] = metadata[grid.num_workers - 1]
+    with pytest.raises(ValueError, match=rf"must be a plan for {grid.num_workers} workers .*, got one for 16 or more$"):
+        value_checks.check_planned_tiles(metadata, 3, grid)
+
+
 def test_no_requests(device):
-    value_checks.check_planned_tiles(torch.zeros(132, 8, dtype=torch.int32, device=device), 0, 1)
+    grid = schedule.worker_grid(0, 16, 1, schedule.CPU_CAPACITY)
+    value_checks.check_planned_tiles(torch.zeros(132, 8, dtype=torch.int32, device=device), 0, grid)
     value_checks.check_lengths_and_pages(
         torch.empty(0, 4, dtype=torch.int32, device=device), torch.empty(0, dtype=torch.int32, device=device), 1
     )
