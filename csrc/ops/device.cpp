@@ -24,7 +24,7 @@ ClusterCapacity ask_capacity(c10::Device const& device) {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, index));
     ClusterCapacity capacity{};
     C10_CUDA_CHECK(sm90::ask_cluster_capacity(&capacity));
-    // As many as there are plan rows.
+    // What runs beside us, under MPS for instance, must not change how many CTAs there are.
     capacity.num_clusters[1] = num_sms;
     return capacity;
 }

@@ -18,8 +18,8 @@ struct DenseDecodeParams {
     WorkerRow const* metadata;  // (num_workers,)
     void* out;                  // (batch_size, seqlen_q, num_heads_q, 512)
     float* lse;                 // (batch_size, num_heads_q, seqlen_q), natural log
-    float* out_partial;         // (2 * num_workers, num_lanes, rows_per_tile, 512)
-    float* lse_partial;         // (2 * num_workers, num_lanes, rows_per_tile), log2
+    float* out_partial;         // (num_partial_slots, num_lanes, 64, 512)
+    float* lse_partial;         // (num_partial_slots, num_lanes, 64), log2
 
     int64_t q_batch_stride, q_token_stride, q_head_stride;
     int64_t k_block_stride, k_token_stride, k_head_stride;

@@ -1,5 +1,5 @@
 // Where the query rows of a tile live. The rows of one request and kv head are its tokens × the heads of the group,
-// token by token; tiles are rows_per_tile of them, and a tile of the plan has one such per lane.
+// token by token; tiles are 64 of them, and a tile of the plan has one such per lane.
 #pragma once
 
 #include "params/dense_decode.h"

@@ -28,7 +28,7 @@
 //   block_full[stage]    the producer + 73728 B          consumers
 //   block_empty[stage]   8 consumer warps                the producer
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
-//   received             a consumer + bytes from all     consumers, before they merge
+//   received             bytes from every CTA            consumers, before they merge
 // clang-format on
 // Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
 // that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.

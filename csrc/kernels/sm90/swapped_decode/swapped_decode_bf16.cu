@@ -9,15 +9,10 @@ cudaError_t launch_swapped_decode<ElementType::kBFloat16>(DenseDecodeParams cons
 
 cudaError_t ask_cluster_capacity(ClusterCapacity* capacity) {
     for (int size = 1; size <= kMaxSplitCtas; ++size) {
-        // All variants have one CTA per SM, so that one stands for all. A part of a GPU may refuse large clusters.
+        // All variants have one CTA per SM, so that one stands for all.
         cudaError_t const error =
             count_clusters<SwappedDecodeTraits<cutlass::bfloat16_t, 16>>(&capacity->num_clusters[size], size);
-        if (error == cudaErrorInvalidClusterSize) {
-            capacity->num_clusters[size] = 0;
-            cudaGetLastError();
-        } else if (error != cudaSuccess) {
-            return error;
-        }
+        if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }
