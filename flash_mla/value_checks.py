@@ -96,21 +96,18 @@ def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, grid: 
     if batch_size == 0:
         return
     *_, end_batch, end_tile, _, num_pieces, _ = tile_scheduler_metadata.unbind(1)
-    ends = torch.stack([end_batch, end_tile]).where(num_pieces > 0, -1)
-    last_request, last_tile = ends.amax(1).tolist()
-    if (last_request, last_tile) == (batch_size - 1, grid.tiles_per_request - 1):
-        num_workers = int((num_pieces > 0).nonzero().max()) + 1
-        if num_workers > grid.num_workers:
-            raise ValueError(
-                f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, "
-                f"seqlen_q and GPU), got one for {num_workers} or more"
-            )
-        return
-    expected = (
-        f"a plan for {batch_size} requests of {grid.tiles_per_request} tiles (for these head counts and seqlen_q)"
-    )
-    actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
-    raise ValueError(f"tile_scheduler_metadata must be {expected}, got {actual}")
+    workers = torch.arange(num_pieces.shape[0], dtype=num_pieces.dtype, device=num_pieces.device)
+    ends = torch.stack([end_batch, end_tile, workers]).where(num_pieces > 0, -1)
+    last_request, last_tile, last_worker = ends.amax(1).tolist()
+    if (last_request, last_tile) != (batch_size - 1, grid.tiles_per_request - 1):
+        expected = f"{batch_size} requests of {grid.tiles_per_request} tiles (for these head counts and seqlen_q)"
+        actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
+        raise ValueError(f"tile_scheduler_metadata must be a plan for {expected}, got {actual}")
+    if last_worker >= grid.num_workers:
+        raise ValueError(
+            f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, seqlen_q "
+            f"and GPU), got one for {last_worker + 1} or more"
+        )
 
 
 def check_values_unless_capturing(arguments: DecodeArguments) -> None:
