@@ -14,7 +14,7 @@
 namespace flash_mla {
 
 std::tuple<Tensor, Tensor> decode_schedule(Tensor const& cache_seqlens, int64_t num_rows_per_head_kv,
-                                           int64_t num_heads_kv) {
+                                           int64_t num_heads_kv, bool batch_invariant) {
     constexpr int64_t kMaxRows = std::numeric_limits<int>::max() / 2;
     check_dtype("cache_seqlens", cache_seqlens, at::kInt);
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,) = ", {-1});
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> decode_schedule(Tensor const& cache_seqlens, int64_t 
     DecodeScheduleParams params{};
     params.batch_size = batch_size;
     params.num_plan_rows = num_plan_rows(int(num_rows_per_head_kv), int(num_heads_kv), capacity.num_sms());
-    params.grid = worker_grid(batch_size, int(num_rows_per_head_kv), int(num_heads_kv), capacity);
+    params.grid = decode_grid(batch_size, int(num_rows_per_head_kv), int(num_heads_kv), capacity, batch_invariant);
     Tensor const metadata = at::empty({params.num_plan_rows, kWorkerRowInts}, cache_seqlens.options());
     Tensor const num_splits = at::empty({batch_size + 1}, cache_seqlens.options());
     params.cache_seqlens = cache_seqlens.const_data_ptr<int>();

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "kernels/sm90/swapped_decode/swapped_decode.h"
+#include "kernels/split_kv_combine/granule_combine.h"
 #include "kernels/split_kv_combine/split_kv_combine.h"
 #include "ops/checks.h"
 #include "ops/device.h"
@@ -24,7 +25,7 @@ namespace {
 struct Arguments {
     Tensor const &q, &k_cache, &block_table, &cache_seqlens, &tile_scheduler_metadata, &num_splits;
     double softmax_scale;
-    bool causal;
+    bool causal, batch_invariant;
 };
 
 void check_arguments(Arguments const& a) {
@@ -103,6 +104,18 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
     return params;
 }
 
+// Rows of partial results, and floats for what else is left there.
+struct Scratch {
+    int64_t rows, more_floats;
+
+    size_t bytes() const { return (rows * (kHeadDimV + 1) + more_floats) * sizeof(float); }
+};
+Scratch scratch_of(WorkerGrid const& grid, int64_t batch_size, int num_rows_per_head_kv, int num_heads_kv,
+                   int num_sms) {
+    if (!grid.is_invariant()) return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms), 0};
+    return {num_slots(grid, batch_size) * grid.rows_per_tile, 2 * num_fold_weights(grid)};
+}
+
 // What at::empty comes to on a GPU, without the two dispatches on the way.
 Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
     return Tensor(at::detail::empty_cuda(sizes, type, device, std::nullopt));
@@ -117,7 +130,8 @@ Tensor run(Arguments const& a, Tensor const& out) {
     int const num_heads_kv = int(a.k_cache.size(2));
     ClusterCapacity const capacity = cluster_capacity_of(a.q.device());
     check_plan(a, num_plan_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms()));
-    WorkerGrid const grid = worker_grid(int(a.q.size(0)), num_rows_per_head_kv, num_heads_kv, capacity);
+    WorkerGrid const grid =
+        decode_grid(int(a.q.size(0)), num_rows_per_head_kv, num_heads_kv, capacity, a.batch_invariant);
     DenseDecodeParams params = make_params(a, grid);
     params.out = out.mutable_data_ptr();
     params.out_batch_stride = stride_of(out, 0);
@@ -125,18 +139,19 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.out_head_stride = stride_of(out, 2);
     params.lse = lse.mutable_data_ptr<float>();
 
-    int64_t const partial_rows = num_partial_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
-    at::DataPtr const partial =
-        c10::cuda::CUDACachingAllocator::get()->allocate(partial_rows * (kHeadDimV + 1) * sizeof(float));
+    Scratch const scratch = scratch_of(grid, a.q.size(0), num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    at::DataPtr const partial = c10::cuda::CUDACachingAllocator::get()->allocate(scratch.bytes());
     params.out_partial = static_cast<float*>(partial.get());
-    params.lse_partial = params.out_partial + partial_rows * kHeadDimV;
+    params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
+    params.fold_weights = params.lse_partial + scratch.rows;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
                                      : sm90::launch_dense_decode(params, type, stream));
-    C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
+    C10_CUDA_CHECK(grid.is_invariant() ? launch_granule_combine(params, type, stream)
+                                       : launch_split_kv_combine(params, type, stream));
     return lse;
 }
 
@@ -144,9 +159,10 @@ Tensor run(Arguments const& a, Tensor const& out) {
 
 std::tuple<Tensor, Tensor> dense_decode(Tensor const& q, Tensor const& k_cache, Tensor const& block_table,
                                         Tensor const& cache_seqlens, Tensor const& tile_scheduler_metadata,
-                                        Tensor const& num_splits, double softmax_scale, bool causal) {
-    Arguments const arguments{q,          k_cache,       block_table, cache_seqlens, tile_scheduler_metadata,
-                              num_splits, softmax_scale, causal};
+                                        Tensor const& num_splits, double softmax_scale, bool causal,
+                                        bool batch_invariant) {
+    Arguments const arguments{q,          k_cache,       block_table, cache_seqlens,  tile_scheduler_metadata,
+                              num_splits, softmax_scale, causal,      batch_invariant};
     check_arguments(arguments);
     Tensor const out = empty({q.size(0), q.size(1), q.size(2), kHeadDimV}, q.scalar_type(), q.device());
     return {out, run(arguments, out)};
@@ -154,9 +170,9 @@ std::tuple<Tensor, Tensor> dense_decode(Tensor const& q, Tensor const& k_cache, 
 
 Tensor dense_decode_out(Tensor const& q, Tensor const& k_cache, Tensor const& block_table, Tensor const& cache_seqlens,
                         Tensor const& tile_scheduler_metadata, Tensor const& num_splits, double softmax_scale,
-                        bool causal, Tensor& out) {
-    Arguments const arguments{q,          k_cache,       block_table, cache_seqlens, tile_scheduler_metadata,
-                              num_splits, softmax_scale, causal};
+                        bool causal, bool batch_invariant, Tensor& out) {
+    Arguments const arguments{q,          k_cache,       block_table, cache_seqlens,  tile_scheduler_metadata,
+                              num_splits, softmax_scale, causal,      batch_invariant};
     check_arguments(arguments);
     check_dtype("out", out, q.scalar_type());
     check_shape("out", out,

@@ -21,7 +21,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kNumTensors = 6, kSoftmaxScale = 6, kCausal = 7, kOut = 8, kNumArguments = 9;
+constexpr int kNumTensors = 6, kSoftmaxScale = 6, kCausal = 7, kBatchInvariant = 8, kOut = 9, kNumArguments = 10;
 
 // Whether nothing but the kernel would see a call with this tensor: no subclass, no transform or tracing (functorch,
 // fake tensors, modes), no autocast, no gradient.
@@ -42,6 +42,7 @@ bool is_plain_call(PyObject* const* args) {
         if (!is_plain(args[i], of_thread, records_gradients)) return false;
     }
     return PyFloat_CheckExact(args[kSoftmaxScale]) && PyBool_Check(args[kCausal]) &&
+           PyBool_Check(args[kBatchInvariant]) &&
            (args[kOut] == Py_None || is_plain(args[kOut], of_thread, records_gradients));
 }
 
@@ -78,17 +79,17 @@ PyObject* dense_decode_plain(PyObject*, PyObject* const* args, Py_ssize_t num_ar
         if (!is_plain_call(args)) Py_RETURN_NONE;
         auto const tensor = [&](int i) -> Tensor const& { return THPVariable_Unpack(args[i]); };
         double const softmax_scale = PyFloat_AS_DOUBLE(args[kSoftmaxScale]);
-        bool const causal = args[kCausal] == Py_True;
+        bool const causal = args[kCausal] == Py_True, batch_invariant = args[kBatchInvariant] == Py_True;
         Tensor out, lse;
         {
             pybind11::gil_scoped_release const release;
             if (args[kOut] == Py_None) {
                 std::tie(out, lse) = dense_decode(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5),
-                                                  softmax_scale, causal);
+                                                  softmax_scale, causal, batch_invariant);
             } else {
                 out = tensor(kOut);
                 lse = dense_decode_out(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5), softmax_scale,
-                                       causal, out);
+                                       causal, batch_invariant, out);
             }
         }
         PyObject* const result = PyTuple_New(2);

@@ -10,8 +10,7 @@ namespace flash_mla {
 PyObject* describe_plain_call(PyObject* module, PyObject* const* args, Py_ssize_t num_args);
 
 // dense_decode_plain(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale,
-// causal,
-//                    out) -> (out, lse), or None for a call that is not plain; out may be None
+//                    causal, batch_invariant, out) -> (out, lse), or None for a call that is not plain; out may be None
 PyObject* dense_decode_plain(PyObject* module, PyObject* const* args, Py_ssize_t num_args);
 
 }  // namespace flash_mla

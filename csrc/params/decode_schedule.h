@@ -1,7 +1,7 @@
 // Arguments of the tile scheduler kernel.
 #pragma once
 
-#include "params/work_division.h"
+#include "params/segments.h"
 
 namespace flash_mla {
 

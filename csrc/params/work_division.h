@@ -48,7 +48,9 @@ struct WorkerGrid {
     int rows_per_tile;      // query rows per CTA: kBlockM for the dense decode kernel, fewer for the swapped one
     int split_ctas;         // CTAs, a cluster, that share out the KV blocks of a lane
     int split_overhead_blocks, min_blocks_per_split;
+    int num_granules = 0;  // of a tile at most, where bits do not depend on the batch (segments.h); otherwise 0
 
+    constexpr bool is_invariant() const { return num_granules > 0; }
     constexpr bool is_swapped() const { return rows_per_tile < kBlockM; }
 };
 
@@ -117,6 +119,8 @@ constexpr int cluster_size(WorkerGrid const& grid) { return grid.num_lanes % 2 =
 
 // One row of tile_scheduler_metadata: the stretch of one worker. It names no addresses and no position of its own, so
 // a plan may be copied into any buffer.
+//
+// Where bits do not depend on the batch, the blocks are 64ths of the tile, and last_worker is the worker itself.
 struct alignas(32) WorkerRow {
     int begin_batch, begin_tile, begin_block;  // first piece
     int end_batch, end_tile, end_block;        // last piece; end_block is exclusive

@@ -20,11 +20,10 @@
 // of boundaries that cut a tile [num_workers + 1], and 32 warp totals for the scans.
 #include "kernels/decode_schedule/decode_schedule.h"
 
+#include "kernels/decode_schedule/work_line.h"
+
 namespace flash_mla {
 namespace {
-
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
 
 struct Boundary {
     int batch, tile, block;
@@ -34,42 +33,6 @@ struct Boundary {
         return batch == o.batch && tile == o.tile && block == o.block;
     }
 };
-
-__device__ int num_blocks_of(int seqlen) { return seqlen > 0 ? (seqlen - 1) / kPageSize + 1 : 0; }
-
-// Inclusive scan of one value per thread over the CTA.
-template <typename T>
-__device__ T scan_inclusive(T value, T* warp_totals) {
-    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int delta = 1; delta < 32; delta *= 2) {
-        T const below = __shfl_up_sync(~0u, value, delta);
-        if (lane >= delta) value += below;
-    }
-    if (lane == 31) warp_totals[warp] = value;
-    __syncthreads();
-    if (warp == 0) {
-        T total = warp_totals[lane];
-        for (int delta = 1; delta < kWarps; delta *= 2) {
-            T const below = __shfl_up_sync(~0u, total, delta);
-            if (lane >= delta) total += below;
-        }
-        warp_totals[lane] = total;
-    }
-    __syncthreads();
-    T const result = warp > 0 ? value + warp_totals[warp - 1] : value;
-    __syncthreads();
-    return result;
-}
-
-// The request whose stretch of the line holds cost x.
-__device__ int find_request(int64_t const* start, int batch_size, int64_t x) {
-    int low = 0, high = batch_size;  // start[low] <= x < start[high]
-    while (high - low > 1) {
-        int const middle = (low + high) / 2;
-        (start[middle] <= x ? low : high) = middle;
-    }
-    return low;
-}
 
 __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeScheduleParams const params) {
     extern __shared__ int64_t start[];  // [batch_size + 1]
@@ -196,6 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
 }  // namespace
 
 cudaError_t launch_decode_schedule(DecodeScheduleParams const& params, cudaStream_t stream) {
+    if (params.grid.is_invariant()) return launch_granule_schedule(params, stream);
     size_t const shared_bytes = sizeof(int64_t) * (params.batch_size + 1 + kWarps) +
                                 (sizeof(Boundary) + sizeof(int)) * (params.grid.num_workers + 1);
     if (shared_bytes > 48 * 1024) {

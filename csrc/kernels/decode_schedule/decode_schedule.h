@@ -12,4 +12,7 @@ inline constexpr int kMaxScheduleBatch = 24 * 1024;
 // Divides the KV blocks of all requests over the workers. One CTA, no synchronisation with the host.
 cudaError_t launch_decode_schedule(DecodeScheduleParams const& params, cudaStream_t stream);
 
+// The same for a grid whose results do not depend on the batch: boundaries are those of granules.
+cudaError_t launch_granule_schedule(DecodeScheduleParams const& params, cudaStream_t stream);
+
 }  // namespace flash_mla

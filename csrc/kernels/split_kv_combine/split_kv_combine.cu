@@ -2,13 +2,11 @@
 // that tile; all other CTAs end at once. Pieces are added in the order of the workers, so results repeat bit for bit.
 #include "kernels/split_kv_combine/split_kv_combine.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/sm90/primitives/dependent_launch.h"
+#include "kernels/split_kv_combine/store_columns.h"
 #include "params/query_rows.h"
 
 namespace flash_mla {
@@ -19,15 +17,6 @@ constexpr int kVectorsPerThread = 2;
 constexpr int kThreadsPerRow = kHeadDimV / kVectorColumns / kVectorsPerThread;
 constexpr int kRowsPerCta = 4;
 constexpr int kWarpSize = 32;
-
-__device__ void store_columns(__nv_bfloat16* target, float4 const& x) {
-    __nv_bfloat162 const pairs[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
-    *reinterpret_cast<uint2*>(target) = reinterpret_cast<uint2 const&>(pairs);
-}
-__device__ void store_columns(__half* target, float4 const& x) {
-    __half2 const pairs[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
-    *reinterpret_cast<uint2*>(target) = reinterpret_cast<uint2 const&>(pairs);
-}
 
 __device__ float warp_max(float x) {
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));

@@ -29,10 +29,10 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     return cudaLaunchKernelEx(&config, dense_decode_kernel<Traits>, params, maps);
 }
 
-template <typename Element>
+template <typename Element, Summation kSummation>
 cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
-    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2>>(params, stream)
-                                          : launch_variant<DenseDecodeTraits<Element, 1>>(params, stream);
+    return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2, kSummation>>(params, stream)
+                                          : launch_variant<DenseDecodeTraits<Element, 1, kSummation>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/sm90/dense_decode/load.h"
+#include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -111,12 +112,66 @@ private:
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
-    __device__ void store(Piece const& piece, Outputs const& outputs) {
+    __device__ void store(Piece const& piece, Outputs& outputs) {
         shared.barriers.stats_full.wait(stats_phase);
         stats_phase ^= 1;
-        store_half<0>(piece, outputs);
-        store_half<1>(piece, outputs);
+        if (Traits::kSummation == Summation::kBySegments && piece.is_partial()) {
+            fold_half<0>(piece, outputs);
+            fold_half<1>(piece, outputs);
+        } else {
+            store_half<0>(piece, outputs);
+            store_half<1>(piece, outputs);
+        }
         quads_arrive(shared.barriers.stats_empty);
+    }
+
+    // One of the two rows of each thread, of a segment: on its way through the tree.
+    template <int h>
+    __device__ void fold_half(Piece const& piece, Outputs& outputs) const {
+        int const row = fragment_row(thread, h);
+        float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
+#pragma unroll
+        for (int i = 2 * h; i < kNumOutputs; i += 4) {
+            outputs[i] = normalized(outputs[i], inverse_sum);
+            outputs[i + 1] = normalized(outputs[i + 1], inverse_sum);
+        }
+        QueryRow const at = query_row(params, piece.place, row);
+        SegmentFold const fold(params, piece, kBlockM);
+        if (at.exists) {
+#pragma unroll 1
+            for (int level = 0; level < kFoldLevels; ++level) {
+                if (fold.path.folds_at(level)) fold_row<h>(fold.slot(level), level, row, outputs);
+            }
+        }
+        if (fold.ends_tile) {
+            store_row<h>(out_row(piece, at), at.exists, 1.f, outputs);
+        } else if (at.exists) {
+            store_partial_row<h>(slot_row(fold.slot(fold.path.end_level), row), 1.f, outputs);
+        }
+    }
+
+    template <int h>
+    __device__ void fold_row(int slot, int level, int row, Outputs& outputs) const {
+        float2 const pair = load_scratch(fold_weights_of_row(params, level, row));
+        FoldWeights const weights{pair.x, pair.y};
+        auto const* const folded = reinterpret_cast<float2 const*>(slot_row(slot, row) + fragment_column(thread, 0));
+        constexpr int kTilesAtOnce = 8;
+#pragma unroll
+        for (int first = 0; first < kNumOutputs / 4; first += kTilesAtOnce) {
+            float2 x[kTilesAtOnce];
+#pragma unroll
+            for (int i = 0; i < kTilesAtOnce; ++i) x[i] = load_scratch(folded + 4 * (first + i));
+#pragma unroll
+            for (int i = 0; i < kTilesAtOnce; ++i) {
+                int const at = 4 * (first + i) + 2 * h;
+                outputs[at] = fold_outputs(x[i].x, outputs[at], weights);
+                outputs[at + 1] = fold_outputs(x[i].y, outputs[at + 1], weights);
+            }
+        }
+    }
+
+    __device__ float* slot_row(int slot, int row) const {
+        return slot_outputs(params, slot, row) + half() * Traits::kHalfColumns;
     }
 
     // One of the two rows of each thread.

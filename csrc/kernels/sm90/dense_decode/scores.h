@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/sm90/dense_decode/load.h"
+#include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -212,6 +213,10 @@ private:
             shared.inverse_sum[row] = total == 0.f ? 0.f : 1.f / total;
             QueryRow const at = query_row(params, piece.place, row);
             if (piece.is_partial()) {
+                if constexpr (Traits::kSummation == Summation::kBySegments) {
+                    if (at.exists) fold_log2_sum(piece, at, row, lse_log2);
+                    continue;
+                }
                 int const lane = lane_now();
                 params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = lse_log2;
             } else if (at.exists) {
@@ -220,6 +225,25 @@ private:
             }
         }
         quads_arrive(shared.barriers.stats_full);
+    }
+
+    // Of one row of a segment: on its way through the tree, with the weights for the output warpgroups.
+    __device__ void fold_log2_sum(Piece const& piece, QueryRow const& at, int row, float log2_sum) const {
+        SegmentFold const fold(params, piece, kBlockM);
+#pragma unroll 1
+        for (int level = 0; level < kFoldLevels; ++level) {
+            if (!fold.path.folds_at(level)) continue;
+            float folded = load_scratch(slot_log2_sum(params, fold.slot(level), row));
+            FoldWeights const weights = fold_log2_sums(folded, log2_sum);
+            *fold_weights_of_row(params, level, row) = float2{weights.folded, weights.next};
+            log2_sum = folded;
+        }
+        if (fold.ends_tile) {
+            constexpr float kLn2 = 0.693147180559945309417f;
+            params.lse[lse_offset(params, piece.batch, at)] = log2_sum == -INFINITY ? INFINITY : log2_sum * kLn2;
+        } else {
+            *slot_log2_sum(params, fold.slot(fold.path.end_level), row) = log2_sum;
+        }
     }
 
     // Pieces that pass by the pipeline because they have no keys.

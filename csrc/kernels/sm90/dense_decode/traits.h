@@ -8,6 +8,7 @@
 #include "kernels/sm90/dense_decode/piece_queue.h"
 #include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/pipeline.h"
+#include "kernels/sm90/primitives/segment_cursor.h"
 #include "params/dense_decode.h"
 
 namespace flash_mla::sm90 {
@@ -17,9 +18,10 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
 
-template <typename Element_, int kClusterSize_>
+template <typename Element_, int kClusterSize_, Summation kSummation_ = Summation::kByWorkers>
 struct DenseDecodeTraits {
     using Element = Element_;
+    static constexpr Summation kSummation = kSummation_;
     // CTAs with other query rows of the same request: each copies its share of the latent columns to all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
@@ -28,7 +30,7 @@ struct DenseDecodeTraits {
     // come.
     static constexpr bool kTensorBound = kClusterSize > 1;
 
-    using Pieces = PieceCursor<kBlockM, kClusterSize>;
+    using Pieces = PiecesOf<kSummation, kBlockM, kClusterSize>;
 
     static constexpr int kNumThreads = 3 * 128;
     static constexpr int kScoresRegisters = 184;  // together 3 × 168, what a CTA starts with

@@ -10,15 +10,10 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/sm90/primitives/approximations.h"
 #include "kernels/sm90/primitives/fragment.h"
 
 namespace flash_mla::sm90 {
-
-__device__ inline float exp2_approx(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-    return result;
-}
 
 struct OnlineSoftmax {
     static constexpr float kSlackLog2 = 8.f;

@@ -480,26 +480,114 @@ private:
             shared.barriers.received.wait(piece_count % 2);
         }
         float const lse_log2 = weigh();
+        if constexpr (Traits::kSummation == Summation::kBySegments) {
+            if (piece.is_partial()) return fold_segment(piece, num_active, lse_log2);
+        }
         sync_consumers();
 #pragma unroll 1
         for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
-            int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
-            float4 const* part = &received_from(0, own_chunk, tile);
-            float const* weight = &shared.weight[0][fragment_column(thread, tile)];
             float sum[4] = {};
-#pragma unroll 4
-            for (int sender = 0; sender < num_active; ++sender) {
-                float4 const x = *part;
-                float2 const w = *reinterpret_cast<float2 const*>(weight);
-                add_weighted(sum[0], x.x, w.x);
-                add_weighted(sum[1], x.y, w.y);
-                add_weighted(sum[2], x.z, w.x);
-                add_weighted(sum[3], x.w, w.y);
-                part += Traits::kVectorsPerChunk, weight += kRows;
-            }
-            store(piece, own_chunk * num_ctas() + rank, tile, sum);
+            add_from_senders(i, num_active, sum);
+            store(piece, i / kRowTiles * num_ctas() + rank, i % kRowTiles, sum);
         }
         if (int const row = group * 128 + thread; rank == 0 && row < kRows) store_lse(piece, row, lse_log2);
+    }
+
+    // The i-th tile of 8 rows and 64 columns of those that this CTA merges.
+    __device__ void add_from_senders(int i, int num_active, float (&sum)[4]) const {
+        int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
+        float4 const* part = &received_from(0, own_chunk, tile);
+        float const* weight = &shared.weight[0][fragment_column(thread, tile)];
+#pragma unroll 4
+        for (int sender = 0; sender < num_active; ++sender) {
+            float4 const x = *part;
+            float2 const w = *reinterpret_cast<float2 const*>(weight);
+            add_weighted(sum[0], x.x, w.x);
+            add_weighted(sum[1], x.y, w.y);
+            add_weighted(sum[2], x.z, w.x);
+            add_weighted(sum[3], x.w, w.y);
+            part += Traits::kVectorsPerChunk, weight += kRows;
+        }
+    }
+
+    // What the cluster has of a segment, on its way through the tree (segments.h). Each CTA folds its chunks, and for
+    // itself the statistics of all rows.
+    __device__ void fold_segment(Piece const& piece, int num_active, float log2_sum) const {
+        SegmentFold const fold(params, piece, kRows);
+        if (int const row = group * 128 + thread; row < kRows) fold_log2_sum(piece, fold, row, log2_sum);
+        sync_consumers();
+        constexpr int kAtOnce = 4;  // tiles: their loads run side by side
+        int const num_tiles = num_own_chunks() * kRowTiles;
+#pragma unroll 1
+        for (int first = group; first < num_tiles; first += kAtOnce * Traits::kNumGroups) {
+            float value[kAtOnce][4] = {};
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                int const at = first + i * Traits::kNumGroups;
+                if (at < num_tiles) add_from_senders(at, num_active, value[i]);
+            }
+#pragma unroll 1
+            for (int level = 0; level < kFoldLevels; ++level) {
+                if (!fold.path.folds_at(level)) continue;
+                float folded[kAtOnce][4] = {};
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    int const at = first + i * Traits::kNumGroups;
+                    for_each_in_slot(piece, fold.slot(level), at, num_tiles,
+                                     [&](int k, float* place) { folded[i][k] = load_scratch(place); });
+                }
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    int const at = first + i * Traits::kNumGroups;
+                    FoldWeights const* weights = &shared.fold_weights[level][fragment_column(thread, at % kRowTiles)];
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) value[i][k] = fold_outputs(folded[i][k], value[i][k], weights[k % 2]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                int const at = first + i * Traits::kNumGroups;
+                if (!fold.ends_tile) {
+                    for_each_in_slot(piece, fold.slot(fold.path.end_level), at, num_tiles,
+                                     [&](int k, float* place) { *place = value[i][k]; });
+                } else if (at < num_tiles) {
+                    store_rows(piece, at / kRowTiles * num_ctas() + rank, at % kRowTiles, value[i]);
+                }
+            }
+        }
+    }
+
+    // By the thread that has the row in every segment.
+    __device__ void fold_log2_sum(Piece const& piece, SegmentFold const& fold, int row, float log2_sum) const {
+#pragma unroll 1
+        for (int level = 0; level < kFoldLevels; ++level) {
+            if (!fold.path.folds_at(level)) continue;
+            float folded = shared.waiting_log2_sum[level][row];
+            shared.fold_weights[level][row] = fold_log2_sums(folded, log2_sum);
+            log2_sum = folded;
+        }
+        int const end_level = fold.path.end_level;
+        if (end_level < kFoldLevels) shared.waiting_log2_sum[end_level][row] = log2_sum;
+        if (rank != 0) return;
+        if (fold.ends_tile) {
+            store_final_lse(piece, query_row_of(piece, row), log2_sum);
+        } else if (fold.waits_in_granule_slot(end_level)) {
+            params.lse_partial[fold.granule_slot * kRows + row] = log2_sum;
+        }
+    }
+
+    // The elements of a tile that this thread has, for rows that exist, in a slot of rows of 512.
+    template <typename Function>
+    __device__ void for_each_in_slot(Piece const& piece, int slot, int i, int num_tiles, Function&& function) const {
+        if (i >= num_tiles) return;
+        int const first_column = (i / kRowTiles * num_ctas() + rank) * Traits::kChunkColumns;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            int const row = fragment_column(thread, i % kRowTiles) + k % 2;
+            if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
+            function(k, params.out_partial + (int64_t(slot) * kRows + row) * kHeadDimV + first_column +
+                            fragment_row(thread, k / 2));
+        }
     }
 
     // A row that saw no key is 0, whatever the values of the keys it did not see.
@@ -519,6 +607,11 @@ private:
             }
             return;
         }
+        store_rows(piece, chunk, tile, sum);
+    }
+
+    __device__ void store_rows(Piece const& piece, int chunk, int tile, float const (&sum)[4]) const {
+        int const first_column = chunk * Traits::kChunkColumns;
         int const row = 8 * tile + lane() / 4;
         QueryRow const at = query_row_of(piece, row);
         Element* const out = static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + first_column +
@@ -536,8 +629,12 @@ private:
         if (piece.is_partial()) {
             params.lse_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows)] = lse_log2;
         } else {
-            params.lse[lse_offset(params, piece.batch, at)] = lse_log2 == kMinusInfinity ? INFINITY : lse_log2 * kLn2;
+            store_final_lse(piece, at, lse_log2);
         }
+    }
+    __device__ void store_final_lse(Piece const& piece, QueryRow const& at, float lse_log2) const {
+        if (!at.exists) return;
+        params.lse[lse_offset(params, piece.batch, at)] = lse_log2 == kMinusInfinity ? INFINITY : lse_log2 * kLn2;
     }
 
     __device__ void write_empty(Piece const& piece) const {

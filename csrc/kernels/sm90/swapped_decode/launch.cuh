@@ -48,10 +48,11 @@ cudaError_t count_clusters(int* num_clusters, int split_ctas) {
     return cudaOccupancyMaxActiveClusters(num_clusters, swapped_decode_kernel<Traits>, &config);
 }
 
-template <typename Element>
+template <typename Element, Summation kSummation>
 cudaError_t launch_swapped_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
-    return params.grid.rows_per_tile == 16 ? launch_swapped_variant<SwappedDecodeTraits<Element, 16>>(params, stream)
-                                           : launch_swapped_variant<SwappedDecodeTraits<Element, 32>>(params, stream);
+    return params.grid.rows_per_tile == 16
+               ? launch_swapped_variant<SwappedDecodeTraits<Element, 16, kSummation>>(params, stream)
+               : launch_swapped_variant<SwappedDecodeTraits<Element, 32, kSummation>>(params, stream);
 }
 
 }  // namespace flash_mla::sm90

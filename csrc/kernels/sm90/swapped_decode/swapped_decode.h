@@ -2,21 +2,34 @@
 
 #include <cuda_runtime_api.h>
 
-#include "params/dense_decode.h"
+#include "params/segments.h"
 
 namespace flash_mla::sm90 {
 
-template <ElementType kType>
+template <ElementType kType, Summation kSummation>
 cudaError_t launch_swapped_decode(DenseDecodeParams const& params, cudaStream_t stream);
 
 template <>
-cudaError_t launch_swapped_decode<ElementType::kBFloat16>(DenseDecodeParams const& params, cudaStream_t stream);
+cudaError_t launch_swapped_decode<ElementType::kBFloat16, Summation::kByWorkers>(DenseDecodeParams const& params,
+                                                                                 cudaStream_t stream);
 template <>
-cudaError_t launch_swapped_decode<ElementType::kFloat16>(DenseDecodeParams const& params, cudaStream_t stream);
+cudaError_t launch_swapped_decode<ElementType::kBFloat16, Summation::kBySegments>(DenseDecodeParams const& params,
+                                                                                  cudaStream_t stream);
+template <>
+cudaError_t launch_swapped_decode<ElementType::kFloat16, Summation::kByWorkers>(DenseDecodeParams const& params,
+                                                                                cudaStream_t stream);
+template <>
+cudaError_t launch_swapped_decode<ElementType::kFloat16, Summation::kBySegments>(DenseDecodeParams const& params,
+                                                                                 cudaStream_t stream);
 
+template <Summation kSummation>
+cudaError_t launch_swapped_decode(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
+    return type == ElementType::kBFloat16 ? launch_swapped_decode<ElementType::kBFloat16, kSummation>(params, stream)
+                                          : launch_swapped_decode<ElementType::kFloat16, kSummation>(params, stream);
+}
 inline cudaError_t launch_swapped_decode(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
-    return type == ElementType::kBFloat16 ? launch_swapped_decode<ElementType::kBFloat16>(params, stream)
-                                          : launch_swapped_decode<ElementType::kFloat16>(params, stream);
+    return params.grid.is_invariant() ? launch_swapped_decode<Summation::kBySegments>(params, type, stream)
+                                      : launch_swapped_decode<Summation::kByWorkers>(params, type, stream);
 }
 
 // Of the current device.

@@ -4,15 +4,17 @@
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
+#include "kernels/sm90/primitives/fold.h"
 #include "kernels/sm90/primitives/k_maps.h"
-#include "kernels/sm90/primitives/pieces.h"
 #include "kernels/sm90/primitives/pipeline.h"
+#include "kernels/sm90/primitives/segment_cursor.h"
 
 namespace flash_mla::sm90 {
 
-template <typename Element_, int kRows_>
+template <typename Element_, int kRows_, Summation kSummation_>
 struct SwappedDecodeTraits {
     using Element = Element_;
+    static constexpr Summation kSummation = kSummation_;
     static constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
     static constexpr int kRows = kRows_;  // query rows of a CTA: N of both products
     static_assert(kRows % 16 == 0 && kRows < kBlockM);
@@ -29,7 +31,7 @@ struct SwappedDecodeTraits {
     static constexpr int kRowTiles = kRows / 8;                  // of 8 columns in a fragment
     static constexpr int kOwnRowTiles = kRowTiles / kNumGroups;  // whose softmax a group computes
 
-    using Pieces = PieceCursor<kRows, 1>;
+    using Pieces = PiecesOf<kSummation, kRows, 1>;
 
     using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
@@ -80,7 +82,7 @@ struct SwappedDecodeTraits {
         };
     };
 
-    struct SharedStorage : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
+    struct StorageOfPieces : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
         alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
         alignas(1024) Element p[kRows * kPageSize];
         float4 exchanged[kNumGroups][kOwnRowTiles][128];
@@ -94,6 +96,13 @@ struct SwappedDecodeTraits {
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
+    // By levels of the tree of segments (segments.h): log2-sum-exp2 of what waits there, and its weight and that of
+    // what comes where both are folded.
+    struct StorageOfSegments : StorageOfPieces {
+        float waiting_log2_sum[kFoldLevels][kRows];
+        FoldWeights fold_weights[kFoldLevels][kRows];
+    };
+    using SharedStorage = std::conditional_t<kSummation == Summation::kBySegments, StorageOfSegments, StorageOfPieces>;
     static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 

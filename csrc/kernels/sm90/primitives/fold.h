@@ -1,0 +1,48 @@
+// Folding two partial results of a row: float32 outputs that are divided by their sums, and log2-sum-exp2. Every
+// rounding is spelled out, so that the bits are the same in whichever kernel this is compiled into.
+#pragma once
+
+#include <cmath>
+
+#include "kernels/sm90/primitives/approximations.h"
+
+namespace flash_mla::sm90 {
+
+// Of what has been folded so far and of what comes next.
+struct FoldWeights {
+    float folded, next;
+};
+
+// log2_sum: that of what has been folded so far, and then that of both; -inf for no keys.
+__device__ inline FoldWeights fold_log2_sums(float& log2_sum, float next) {
+    bool const is_empty = log2_sum == -INFINITY && next == -INFINITY;
+    // NaN in either one stays: it comes back through the differences.
+    float const largest = is_empty ? 0.f : fmaxf(log2_sum, next);
+    float const power_folded = exp2_approx(__fsub_rn(log2_sum, largest));
+    float const power_next = exp2_approx(__fsub_rn(next, largest));
+    float const sum = __fadd_rn(power_folded, power_next);
+    if (is_empty) return {0.f, 0.f};
+    log2_sum = __fadd_rn(log2_approx(sum), largest);
+    return {__fdiv_rn(power_folded, sum), __fdiv_rn(power_next, sum)};
+}
+
+// What weighs nothing has no influence, whatever it is.
+__device__ inline float fold_outputs(float folded, float next, FoldWeights const& weights) {
+    float const part = weights.next == 0.f ? 0.f : __fmul_rn(weights.next, next);
+    return weights.folded == 0.f ? part : __fmaf_rn(weights.folded, folded, part);
+}
+
+// Scratch that one thread reads after it, or another one across a barrier of the CTA, has written there in the same
+// kernel: not through the cache for constant data, and not before what stands before.
+__device__ inline float load_scratch(float const* source) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(value) : "l"(source) : "memory");
+    return value;
+}
+__device__ inline float2 load_scratch(float2 const* source) {
+    float2 value;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "l"(source) : "memory");
+    return value;
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,110 @@
+// What one CTA has to do where bits do not depend on the batch: the segments of its worker's granules (segments.h).
+#pragma once
+
+#include "kernels/sm90/primitives/pieces.h"
+#include "params/segments.h"
+
+namespace flash_mla::sm90 {
+
+// Runs through the segments in order, as PieceCursor does through pieces; the slot of a piece is the number of the
+// segment, or kWholeTile where it is the only one. Here too lengths are read here and now.
+template <int kRowsPerTile, int kLanesInCluster>
+class SegmentCursor {
+public:
+    SegmentCursor() = default;
+    __device__ explicit SegmentCursor(DenseDecodeParams const& params) {
+        int4 const begin = __ldg(row_words(params));
+        batch_ = begin.x;
+        tile_ = begin.y;
+        index_ = segment_ = 0;
+    }
+
+    // Returns false when there is none left.
+    __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
+        WorkerGrid const& grid = params.grid;
+        for (;;) {
+            int4 const begin = __ldg(row_words(params)), end = __ldg(row_words(params) + 1);
+            int const num_pieces = end.z;
+            if (index_ >= num_pieces) return false;
+            // Of a plan for other shapes.
+            if (batch_ >= params.batch_size || tile_ >= grid.tiles_per_request) return false;
+
+            int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
+            int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
+            int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(kRowsPerTile));
+            // Minima for plans that are not of this kind.
+            int const begin_place = index_ == 0 ? min(begin.z, kMaxSegments) : 0;
+            int const end_place = index_ == num_pieces - 1 ? min(end.y, kMaxSegments) : kMaxSegments;
+            int const segment = max(segment_, segment_at(begin_place, segment_bits, grid.num_granules));
+            piece.place = tile_place(grid, tile_, lane_now());
+            int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
+            bool const has_rows = (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
+            if (segment >= segment_at(end_place, segment_bits, grid.num_granules) || !has_rows) {
+                enter_next_tile(grid);
+                continue;
+            }
+            piece.batch = batch_;
+            piece.begin_block = segment_begin(segment, segment_bits, num_blocks);
+            piece.end_block = segment_begin(segment + 1, segment_bits, num_blocks);
+            piece.seqlen = seqlen;
+            piece.slot = segment_bits == 0 ? Piece::kWholeTile : segment;
+            segment_ = segment + 1;
+            return true;
+        }
+    }
+
+    // The next one that has keys.
+    __device__ bool next_with_keys(DenseDecodeParams const& params, Piece& piece) {
+        while (next(params, piece)) {
+            if (!piece.is_empty()) return true;
+        }
+        return false;
+    }
+
+private:
+    __device__ void enter_next_tile(WorkerGrid const& grid) {
+        segment_ = 0;
+        ++index_;
+        if (++tile_ == grid.tiles_per_request) {
+            tile_ = 0;
+            ++batch_;
+        }
+    }
+    __device__ static int4 const* row_words(DenseDecodeParams const& params) {
+        return reinterpret_cast<int4 const*>(params.metadata + worker_now());
+    }
+
+    int batch_, tile_, index_, segment_;
+};
+
+template <Summation kSummation, int kRowsPerTile, int kLanesInCluster>
+using PiecesOf = std::conditional_t<kSummation == Summation::kBySegments, SegmentCursor<kRowsPerTile, kLanesInCluster>,
+                                    PieceCursor<kRowsPerTile, kLanesInCluster>>;
+
+// A segment's way through the tree, and where in scratch the values on it wait.
+struct SegmentFold {
+    FoldPath path;
+    bool ends_tile;  // with its result: there are no other granules
+    int level_slot, granule_slot;
+    int last_level;  // that one's values wait in the slot of the granule
+
+    __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, int rows_per_tile) {
+        WorkerGrid const& grid = params.grid;
+        int const num_granules = grid.num_granules, num_levels = levels_in_granule(num_granules);
+        int const num_blocks = piece.seqlen / kPageSize + (piece.seqlen % kPageSize != 0);
+        int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(rows_per_tile));
+        int const granule = piece.slot >> (segment_bits - granule_bits_of(num_granules, segment_bits));
+        int const lane = lane_now();
+        path = fold_path(piece.slot, segment_bits, num_levels);
+        ends_tile = num_granules == 1 && path.end_level == num_levels;
+        level_slot = (worker_now() * grid.num_lanes + lane) * levels_with_slots(num_granules);
+        granule_slot = flash_mla::granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv,
+                                               piece.place.m_tile, granule);
+        last_level = num_granules == 1 ? num_levels : num_levels - 1;
+    }
+
+    __device__ bool waits_in_granule_slot(int level) const { return level >= last_level; }
+    __device__ int slot(int level) const { return waits_in_granule_slot(level) ? granule_slot : level_slot + level; }
+};
+
+}  // namespace flash_mla::sm90
