@@ -113,7 +113,7 @@ struct Scratch {
 Scratch scratch_of(WorkerGrid const& grid, int64_t batch_size, int num_rows_per_head_kv, int num_heads_kv,
                    int num_sms) {
     if (!grid.is_invariant()) return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms), 0};
-    return {num_slots(grid, batch_size) * grid.rows_per_tile, 2 * num_fold_weights(grid)};
+    return {num_slots(grid, batch_size) * grid.rows_per_tile, num_fold_steps(grid) * kFoldStepFloats};
 }
 
 // What at::empty comes to on a GPU, without the two dispatches on the way.
@@ -143,7 +143,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     at::DataPtr const partial = c10::cuda::CUDACachingAllocator::get()->allocate(scratch.bytes());
     params.out_partial = static_cast<float*>(partial.get());
     params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
-    params.fold_weights = params.lse_partial + scratch.rows;
+    params.fold_steps = params.lse_partial + scratch.rows;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;

@@ -101,12 +101,15 @@ constexpr int64_t num_slots(WorkerGrid const& grid, int64_t batch_size) {
     int64_t const granules = grid.num_granules == 1 ? 0 : grid.num_granules;
     return num_level_slots(grid) + batch_size * grid.tiles_per_request * grid.num_lanes * granules;
 }
-// Pairs of weights by which the dense kernel folds, from the warpgroup that knows them to those that need them.
-constexpr int num_fold_weights(WorkerGrid const& grid) {
-    return grid.is_swapped() ? 0 : grid.num_workers * grid.num_lanes * kFoldLevels * kBlockM;
+// What the scores warpgroup of the dense kernel leaves to its output warpgroups: a FoldStep per row for each level and
+// for the end.
+inline constexpr int kFoldStepFloats = 4;
+constexpr int num_fold_steps(WorkerGrid const& grid) {
+    return grid.is_swapped() ? 0 : grid.num_workers * grid.num_lanes * (kFoldLevels + 1) * kBlockM;
 }
 constexpr int64_t invariant_scratch_bytes(WorkerGrid const& grid, int64_t batch_size) {
-    return 4 * (num_slots(grid, batch_size) * grid.rows_per_tile * (kHeadDimV + 1) + 2 * num_fold_weights(grid));
+    return 4 * (num_slots(grid, batch_size) * grid.rows_per_tile * (kHeadDimV + 1) +
+                num_fold_steps(grid) * kFoldStepFloats);
 }
 
 constexpr int granule_slot(WorkerGrid const& grid, int head_kv_of_batch, int m_tile, int granule) {

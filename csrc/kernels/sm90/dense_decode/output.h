@@ -115,7 +115,7 @@ private:
     __device__ void store(Piece const& piece, Outputs& outputs) {
         shared.barriers.stats_full.wait(stats_phase);
         stats_phase ^= 1;
-        if (Traits::kSummation == Summation::kBySegments && piece.is_partial()) {
+        if constexpr (Traits::kSummation == Summation::kBySegments) {
             fold_half<0>(piece, outputs);
             fold_half<1>(piece, outputs);
         } else {
@@ -125,47 +125,42 @@ private:
         quads_arrive(shared.barriers.stats_empty);
     }
 
-    // One of the two rows of each thread, of a segment: on its way through the tree.
+    // One of the two rows of each thread: on its way through the tree of segments, which may be a single one.
     template <int h>
     __device__ void fold_half(Piece const& piece, Outputs& outputs) const {
-        int const row = fragment_row(thread, h);
-        float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
-#pragma unroll
-        for (int i = 2 * h; i < kNumOutputs; i += 4) {
-            outputs[i] = normalized(outputs[i], inverse_sum);
-            outputs[i + 1] = normalized(outputs[i + 1], inverse_sum);
-        }
-        QueryRow const at = query_row(params, piece.place, row);
-        SegmentFold const fold(params, piece, kBlockM);
-        if (at.exists) {
+        int const row = fragment_row(thread_in_warpgroup_now(), h);
+        float inverse_sum = load_for_quad(shared.inverse_sum[row]);
+        FoldStep const end = load_fold_step(params, kFoldLevels, row);
 #pragma unroll 1
-            for (int level = 0; level < kFoldLevels; ++level) {
-                if (fold.path.folds_at(level)) fold_row<h>(fold.slot(level), level, row, outputs);
-            }
+        for (int level = 0; level < kFoldLevels; ++level) {
+            if ((end.folds >> level & 1) == 0) continue;
+            fold_row<h>(load_fold_step(params, level, row), row, inverse_sum, outputs);
+            inverse_sum = 1.f;
         }
-        if (fold.ends_tile) {
-            store_row<h>(out_row(piece, at), at.exists, 1.f, outputs);
-        } else if (at.exists) {
-            store_partial_row<h>(slot_row(fold.slot(fold.path.end_level), row), 1.f, outputs);
+        if (end.slot == FoldStep::kOut) {
+            QueryRow const at = query_row(params, piece.place, row);
+            store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
+        } else {
+            store_partial_row<h>(slot_row(end.slot, row), inverse_sum, outputs);
         }
     }
 
     template <int h>
-    __device__ void fold_row(int slot, int level, int row, Outputs& outputs) const {
-        float2 const pair = load_scratch(fold_weights_of_row(params, level, row));
-        FoldWeights const weights{pair.x, pair.y};
-        auto const* const folded = reinterpret_cast<float2 const*>(slot_row(slot, row) + fragment_column(thread, 0));
+    __device__ void fold_row(FoldStep const& step, int row, float inverse_sum, Outputs& outputs) const {
+        auto const* const folded =
+            reinterpret_cast<float2 const*>(slot_row(step.slot, row) + fragment_column(thread_in_warpgroup_now(), 0));
         constexpr int kTilesAtOnce = 8;
 #pragma unroll
         for (int first = 0; first < kNumOutputs / 4; first += kTilesAtOnce) {
             float2 x[kTilesAtOnce];
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < kTilesAtOnce; ++i) x[i] = load_scratch(folded + 4 * (first + i));
 #pragma unroll
             for (int i = 0; i < kTilesAtOnce; ++i) {
                 int const at = 4 * (first + i) + 2 * h;
-                outputs[at] = fold_outputs(x[i].x, outputs[at], weights);
-                outputs[at + 1] = fold_outputs(x[i].y, outputs[at + 1], weights);
+                outputs[at] = fold_outputs(x[i].x, normalized(outputs[at], inverse_sum), step.weights);
+                outputs[at + 1] = fold_outputs(x[i].y, normalized(outputs[at + 1], inverse_sum), step.weights);
             }
         }
     }

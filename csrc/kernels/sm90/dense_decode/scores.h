@@ -212,11 +212,11 @@ private:
             int const row = fragment_row(thread, h);
             shared.inverse_sum[row] = total == 0.f ? 0.f : 1.f / total;
             QueryRow const at = query_row(params, piece.place, row);
+            if constexpr (Traits::kSummation == Summation::kBySegments) {
+                fold_log2_sum(piece, at, row, lse_log2);
+                continue;
+            }
             if (piece.is_partial()) {
-                if constexpr (Traits::kSummation == Summation::kBySegments) {
-                    if (at.exists) fold_log2_sum(piece, at, row, lse_log2);
-                    continue;
-                }
                 int const lane = lane_now();
                 params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = lse_log2;
             } else if (at.exists) {
@@ -227,22 +227,25 @@ private:
         quads_arrive(shared.barriers.stats_full);
     }
 
-    // Of one row of a segment: on its way through the tree, with the weights for the output warpgroups.
+    // Of one row of a segment, on its way through the tree; also of rows that do not exist, so that all lanes of the
+    // output warpgroups go the same way.
     __device__ void fold_log2_sum(Piece const& piece, QueryRow const& at, int row, float log2_sum) const {
         SegmentFold const fold(params, piece, kBlockM);
+        int const end_slot = fold.ends_tile ? FoldStep::kOut : fold.slot(fold.path.end_level);
+        *fold_step(params, kFoldLevels, row) = {{0.f, 0.f}, end_slot, fold.path.folds};
 #pragma unroll 1
         for (int level = 0; level < kFoldLevels; ++level) {
             if (!fold.path.folds_at(level)) continue;
             float folded = load_scratch(slot_log2_sum(params, fold.slot(level), row));
             FoldWeights const weights = fold_log2_sums(folded, log2_sum);
-            *fold_weights_of_row(params, level, row) = float2{weights.folded, weights.next};
+            *fold_step(params, level, row) = {weights, fold.slot(level), 0};
             log2_sum = folded;
         }
-        if (fold.ends_tile) {
+        if (!fold.ends_tile) {
+            *slot_log2_sum(params, end_slot, row) = log2_sum;
+        } else if (at.exists) {
             constexpr float kLn2 = 0.693147180559945309417f;
             params.lse[lse_offset(params, piece.batch, at)] = log2_sum == -INFINITY ? INFINITY : log2_sum * kLn2;
-        } else {
-            *slot_log2_sum(params, fold.slot(fold.path.end_level), row) = log2_sum;
         }
     }
 

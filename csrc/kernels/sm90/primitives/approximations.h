@@ -1,4 +1,4 @@
-// Powers and logarithms as the hardware has them: one instruction each, the same bits in every kernel.
+// Powers, logarithms and reciprocals as the hardware has them: one instruction each, the same bits in every kernel.
 #pragma once
 
 namespace flash_mla::sm90 {
@@ -12,6 +12,12 @@ __device__ inline float exp2_approx(float x) {
 __device__ inline float log2_approx(float x) {
     float result;
     asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ inline float reciprocal_approx(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
 

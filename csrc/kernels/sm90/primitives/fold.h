@@ -23,13 +23,27 @@ __device__ inline FoldWeights fold_log2_sums(float& log2_sum, float next) {
     float const sum = __fadd_rn(power_folded, power_next);
     if (is_empty) return {0.f, 0.f};
     log2_sum = __fadd_rn(log2_approx(sum), largest);
-    return {__fdiv_rn(power_folded, sum), __fdiv_rn(power_next, sum)};
+    float const inverse = reciprocal_approx(sum);  // of 1 to 2
+    return {__fmul_rn(power_folded, inverse), __fmul_rn(power_next, inverse)};
 }
 
 // What weighs nothing has no influence, whatever it is.
 __device__ inline float fold_outputs(float folded, float next, FoldWeights const& weights) {
-    float const part = weights.next == 0.f ? 0.f : __fmul_rn(weights.next, next);
-    return weights.folded == 0.f ? part : __fmaf_rn(weights.folded, folded, part);
+    float both;
+    asm volatile(
+        "{\n"
+        ".reg .pred has_folded, has_next;\n"
+        ".reg .f32 part, sum;\n"
+        "setp.neu.f32 has_folded, %3, 0f00000000;\n"
+        "setp.neu.f32 has_next, %4, 0f00000000;\n"
+        "mul.rn.f32 part, %4, %2;\n"
+        "selp.f32 part, part, 0f00000000, has_next;\n"
+        "fma.rn.f32 sum, %3, %1, part;\n"
+        "selp.f32 %0, sum, part, has_folded;\n"
+        "}\n"
+        : "=f"(both)
+        : "f"(folded), "f"(next), "f"(weights.folded), "f"(weights.next));
+    return both;
 }
 
 // Scratch that one thread reads after it, or another one across a barrier of the CTA, has written there in the same

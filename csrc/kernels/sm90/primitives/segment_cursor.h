@@ -6,6 +6,13 @@
 
 namespace flash_mla::sm90 {
 
+// Asked for anew each time, so that nothing that follows from it occupies registers between.
+__device__ inline int num_granules_now(WorkerGrid const& grid) {
+    int num_granules;
+    asm volatile("mov.b32 %0, %1;\n" : "=r"(num_granules) : "r"(grid.num_granules));
+    return num_granules;
+}
+
 // Runs through the segments in order, as PieceCursor does through pieces; the slot of a piece is the number of the
 // segment, or kWholeTile where it is the only one. Here too lengths are read here and now.
 template <int kRowsPerTile, int kLanesInCluster>
@@ -35,11 +42,12 @@ public:
             // Minima for plans that are not of this kind.
             int const begin_place = index_ == 0 ? min(begin.z, kMaxSegments) : 0;
             int const end_place = index_ == num_pieces - 1 ? min(end.y, kMaxSegments) : kMaxSegments;
-            int const segment = max(segment_, segment_at(begin_place, segment_bits, grid.num_granules));
+            int const num_granules = num_granules_now(grid);
+            int const segment = max(segment_, segment_at(begin_place, segment_bits, num_granules));
             piece.place = tile_place(grid, tile_, lane_now());
             int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
             bool const has_rows = (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
-            if (segment >= segment_at(end_place, segment_bits, grid.num_granules) || !has_rows) {
+            if (segment >= segment_at(end_place, segment_bits, num_granules) || !has_rows) {
                 enter_next_tile(grid);
                 continue;
             }
@@ -90,13 +98,14 @@ struct SegmentFold {
 
     __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, int rows_per_tile) {
         WorkerGrid const& grid = params.grid;
-        int const num_granules = grid.num_granules, num_levels = levels_in_granule(num_granules);
+        int const num_granules = num_granules_now(grid), num_levels = levels_in_granule(num_granules);
         int const num_blocks = piece.seqlen / kPageSize + (piece.seqlen % kPageSize != 0);
         int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(rows_per_tile));
-        int const granule = piece.slot >> (segment_bits - granule_bits_of(num_granules, segment_bits));
+        int const segment = piece.is_partial() ? piece.slot : 0;
+        int const granule = segment >> (segment_bits - granule_bits_of(num_granules, segment_bits));
         int const lane = lane_now();
-        path = fold_path(piece.slot, segment_bits, num_levels);
-        ends_tile = num_granules == 1 && path.end_level == num_levels;
+        path = fold_path(segment, segment_bits, num_levels);
+        ends_tile = segment_bits == 0 || (num_granules == 1 && path.end_level == num_levels);
         level_slot = (worker_now() * grid.num_lanes + lane) * levels_with_slots(num_granules);
         granule_slot = flash_mla::granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv,
                                                piece.place.m_tile, granule);
