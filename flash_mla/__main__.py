@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flash_mla import extension, value_checks
+from flash_mla import extension, interface, value_checks
 from flash_mla._version import __version__
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -24,6 +24,7 @@ def environment() -> list[tuple[str, str]]:
         ("driver", describe_driver()),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("FLASH_MLA_CHECK", "on" if value_checks.ENABLED else "off"),
+        ("FLASH_MLA_BATCH_INVARIANT", "on" if interface.BATCH_INVARIANT else "off"),
     ]
     if rival := extension.find_rival():
         rows.append(("conflict", rival))

@@ -39,6 +39,7 @@ class DecodeArguments(NamedTuple):
     num_splits: Tensor
     softmax_scale: float
     causal: bool
+    batch_invariant: bool = False
 
     @property
     def num_heads_kv(self) -> int:
@@ -65,7 +66,7 @@ def check_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_
 
 def check_dense_decode(arguments: DecodeArguments) -> None:
     """Raise TypeError or ValueError unless flash_mla::dense_decode can take these arguments."""
-    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, _ = arguments
+    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, *_ = arguments
     _check_q_dtype(q)
     tables = {
         "block_table": block_table,

@@ -28,10 +28,12 @@ from flash_mla.value_checks import check_lengths_and_pages, check_planned_tiles,
 _PAGES_PER_STEP = 64  # bounds the float32 copies: 4096 tokens at a time
 
 
-def decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
+def decode_schedule(
+    cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     """The plan for an H200."""
     check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
-    return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_CAPACITY)
+    return schedule.decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, CPU_CAPACITY, batch_invariant)
 
 
 def dense_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -62,13 +64,15 @@ def append_kv(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor) -
 @torch.no_grad()  # as the kernels: a gradient from here would be missing on a GPU
 @torch.autocast("cpu", enabled=False)
 def _decode_into(out: Tensor, given: DecodeArguments) -> Tensor:
-    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal = given
+    q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, _, softmax_scale, causal, batch_invariant = given
     batch_size, seqlen_q, num_heads_q, _ = q.shape
     check_addresses(given)
     counts = given.num_rows_per_head_kv, given.num_heads_kv
     check_plan(given, schedule.num_plan_rows(*counts, CPU_CAPACITY.num_sms))
-    # Nothing here follows the plan. A wrong one is found all the same, as on a GPU it would give wrong results.
-    check_planned_tiles(tile_scheduler_metadata, batch_size, schedule.worker_grid(batch_size, *counts, CPU_CAPACITY))
+    # Nothing here follows the plan: each request is computed by itself, so that its bits never depend on the others. A
+    # wrong plan is found all the same, as on a GPU it would give wrong results.
+    grid = schedule.decode_grid(batch_size, *counts, CPU_CAPACITY, batch_invariant)
+    check_planned_tiles(tile_scheduler_metadata, batch_size, grid)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])
 
     lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=torch.float32)

@@ -11,21 +11,30 @@ from flash_mla import ops, schedule, value_checks
 from flash_mla.checks import DTYPES, HEAD_DIM, HEAD_DIM_V, DecodeArguments, check_count, check_tensor
 from flash_mla.plan import FlashMLASchedMeta, tensors_of_plan
 
+# Whether all calls are batch-invariant, also those that do not ask for it.
+BATCH_INVARIANT = value_checks.is_switched_on(variable="FLASH_MLA_BATCH_INVARIANT")
+
 _DEFAULT_SCALE = HEAD_DIM**-0.5
 _PARTIAL_ROW_BYTES = 4 * (HEAD_DIM_V + 1)  # float32 out and its log-sum-exp
 
 
-def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
+def get_mla_metadata(
+    *args: object, enable_batch_invariant: bool = False, **kwargs: object
+) -> tuple[FlashMLASchedMeta, None]:
     """An empty schedule for one decode step.
 
     The first call of `flash_mla_with_kvcache` that gets it plans on the device; calls for other layers with the same
-    shapes use that plan. All arguments are ignored: they are those of releases that planned here.
+    shapes use that plan. All other arguments are ignored: they are those of releases that planned here.
     `get_mla_decoding_metadata` is for callers who need tensors.
+
+    Args:
+        enable_batch_invariant: whether all calls with this schedule are to be batch-invariant, as if each of them asked
+            for it.
 
     Returns:
         The schedule and None, for the arguments tile_scheduler_metadata and num_splits.
     """
-    return FlashMLASchedMeta(), None
+    return FlashMLASchedMeta(_wants_batch_invariance(enable_batch_invariant)), None
 
 
 def get_mla_decoding_metadata(
@@ -38,6 +47,7 @@ def get_mla_decoding_metadata(
     *,
     seqlens_k: Tensor | None = None,
     num_heads_per_head_k: int | None = None,
+    enable_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plan a decode now, on the device and without synchronization.
 
@@ -51,6 +61,8 @@ def get_mla_decoding_metadata(
         num_heads_k: KV heads.
         num_heads_q: query heads; only checked against the other counts.
         is_fp8_kvcache, topk: of fp8 and sparse attention, for which NotImplementedError is raised.
+        enable_batch_invariant: as in the calls that the plan is for: the tensors do not tell them. With
+            FLASH_MLA_BATCH_INVARIANT=1 in the environment plans and calls are batch-invariant in any case.
 
     Returns:
         tile_scheduler_metadata: (num_plan_rows, 8) int32, num_plan_rows at most the number of SMs.
@@ -72,7 +84,8 @@ def get_mla_decoding_metadata(
             raise ValueError(
                 f"num_q_tokens_per_head_k must be a multiple of num_heads_q / num_heads_k = {group}, got {num_rows}"
             )
-    return ops.decode_schedule(lengths_of_cache, num_rows, num_heads_k)
+    batch_invariant = _wants_batch_invariance(enable_batch_invariant)
+    return ops.decode_schedule(lengths_of_cache, num_rows, num_heads_k, batch_invariant)
 
 
 def decode_workspace_bytes(
@@ -81,6 +94,8 @@ def decode_workspace_bytes(
     *,
     device: torch.device | str | int | None = None,
     num_sms: int | None = None,
+    batch_size: int | None = None,
+    enable_batch_invariant: bool = False,
 ) -> int:
     """Scratch memory of one call of `flash_mla_with_kvcache` on a GPU, in bytes, besides the results it returns.
 
@@ -89,23 +104,39 @@ def decode_workspace_bytes(
     allocator and goes back there as the call returns; in a CUDA graph it belongs to the graph's memory pool and replays
     allocate nothing. The CPU implementation has no such memory.
 
+    Batch-invariant calls take other amounts, which depend on the batch size too, not on lengths, and are at most 64 MB.
+
     Args:
         num_q_tokens_per_head_k, num_heads_k: as in `get_mla_decoding_metadata`.
         device: a CUDA device, the current one by default. For the CPU, and where the kernels cannot run, the
             answer is that for an H100 or H200.
         num_sms: streaming multiprocessors of a GPU that is not here, instead of a device.
+        batch_size: requests of a batch-invariant call; without it the answer is the most that any takes. Other calls
+            take the same for all.
+        enable_batch_invariant: as in the call; with FLASH_MLA_BATCH_INVARIANT=1 in the environment always.
 
     Raises:
         TypeError, ValueError: a count is not an integer or less than 1, or device and num_sms are both given.
     """
     check_count("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     check_count("num_heads_k", num_heads_k, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 0)
     if num_sms is None:
-        num_sms = schedule.capacity_of(torch.device("cuda" if device is None else device)).num_sms
+        capacity = schedule.capacity_of(torch.device("cuda" if device is None else device))
     elif device is not None:
         raise ValueError(f"num_sms must be None where device is given, got {num_sms}")
-    check_count("num_sms", num_sms, 1)
-    return schedule.num_partial_rows(num_q_tokens_per_head_k, num_heads_k, num_sms) * _PARTIAL_ROW_BYTES
+    else:
+        check_count("num_sms", num_sms, 1)
+        # As many clusters as there are SMs for: some GPUs run fewer.
+        capacity = schedule.ClusterCapacity((0, *(num_sms // size for size in range(1, schedule.MAX_SPLIT_CTAS + 1))))
+    if not _wants_batch_invariance(enable_batch_invariant):
+        rows = schedule.num_partial_rows(num_q_tokens_per_head_k, num_heads_k, capacity.num_sms)
+        return rows * _PARTIAL_ROW_BYTES
+    if batch_size is None:
+        return schedule.MAX_SCRATCH_BYTES
+    grid = schedule.invariant_grid(batch_size, num_q_tokens_per_head_k, num_heads_k, capacity)
+    return schedule.invariant_scratch_bytes(grid, batch_size)
 
 
 def flash_mla_with_kvcache(
@@ -149,7 +180,11 @@ def flash_mla_with_kvcache(
         causal: whether query i sees the tokens j <= cache_seqlens - seqlen_q + i only.
         is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length:
             of attention that this package does not have; NotImplementedError for anything but None and False.
-        enable_batch_invariant, descale_q, descale_k, kv_format: the same.
+        enable_batch_invariant: whether the bits of a request's results must not depend on the other requests of the
+            batch, their number, their order nor their lengths; see docs/reliability.md for what it costs. Also switched
+            on by the schedule, with `get_mla_metadata(enable_batch_invariant=True)`, and for all calls by
+            FLASH_MLA_BATCH_INVARIANT=1 in the environment. Tensors of a plan must have been made for it.
+        descale_q, descale_k, kv_format: of fp8 attention; NotImplementedError for anything but None.
         out: where to write the result, instead of a new tensor; strides as those of q. No other argument may have
             elements between its first and its last.
 
@@ -177,7 +212,6 @@ def flash_mla_with_kvcache(
         and descale_k is None
         and kv_format is None
         and (is_fp8_kvcache is None or is_fp8_kvcache is False)
-        and enable_batch_invariant is False
         and head_dim_v == HEAD_DIM_V
         and isinstance(q, Tensor)
         and isinstance(k_cache, Tensor)
@@ -188,7 +222,6 @@ def flash_mla_with_kvcache(
             k_cache,
             head_dim_v,
             is_fp8_kvcache=is_fp8_kvcache,
-            enable_batch_invariant=enable_batch_invariant,
             indices=indices,
             attn_sink=attn_sink,
             extra_k_cache=extra_k_cache,
@@ -202,6 +235,9 @@ def flash_mla_with_kvcache(
     if softmax_scale is None:
         softmax_scale = _DEFAULT_SCALE
     is_compiling = torch.compiler.is_compiling()
+    batch_invariant = BATCH_INVARIANT or enable_batch_invariant is True
+    if not batch_invariant and enable_batch_invariant is not False:
+        batch_invariant = _wants_batch_invariance(enable_batch_invariant)
 
     # The types are compared first as isinstance takes long to find that an object is no tensor.
     if type(tile_scheduler_metadata) is not FlashMLASchedMeta and isinstance(tile_scheduler_metadata, Tensor):
@@ -214,14 +250,18 @@ def flash_mla_with_kvcache(
                 "num_splits must be None where tile_scheduler_metadata is a schedule object, "
                 f"got {type(num_splits).__name__}"
             )
-        metadata, num_splits = tensors_of_plan(tile_scheduler_metadata, q, k_cache, cache_seqlens, is_compiling)
+        # Schedule objects of others do not have the wish.
+        batch_invariant = batch_invariant or getattr(tile_scheduler_metadata, "enable_batch_invariant", False) is True
+        metadata, num_splits = tensors_of_plan(
+            tile_scheduler_metadata, q, k_cache, cache_seqlens, is_compiling, batch_invariant
+        )
     else:
         raise TypeError(
             "tile_scheduler_metadata must be what get_mla_metadata or get_mla_decoding_metadata returned, "
             f"got {type(tile_scheduler_metadata).__name__}"
         )
 
-    arguments = (q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal)
+    arguments = (q, k_cache, block_table, cache_seqlens, metadata, num_splits, softmax_scale, causal, batch_invariant)
     if not is_compiling:
         if value_checks.ENABLED and q.is_cuda:
             value_checks.check_values_unless_capturing(DecodeArguments(*arguments))
@@ -266,9 +306,14 @@ def _either(name: str, value: Any, other_name: str, other_value: Any) -> Any:
     return other_value if value is None else value
 
 
+def _wants_batch_invariance(enable_batch_invariant: bool) -> bool:
+    if enable_batch_invariant is not None and not isinstance(enable_batch_invariant, bool):
+        raise TypeError(f"enable_batch_invariant must be a bool, got {enable_batch_invariant!r}")
+    return BATCH_INVARIANT or bool(enable_batch_invariant)
+
+
 _UNSUPPORTED = {
     "is_fp8_kvcache": "an fp8 cache",
-    "enable_batch_invariant": "batch-invariant decoding",
     "indices": "sparse attention",
     "attn_sink": "attention sinks",
     "extra_k_cache": "a second cache",

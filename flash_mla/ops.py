@@ -1,13 +1,15 @@
 """The ops torch.ops.flash_mla.*: schemas, implementations for CPU and for shapes only; those for CUDA are compiled.
 
-decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv) -> (tile_scheduler_metadata, num_splits)
+decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv, batch_invariant=False)
+    -> (tile_scheduler_metadata, num_splits)
     Divides the KV blocks of a batch among the workers of a GPU, on the device and without synchronization.
     cache_seqlens: (batch_size,) int32, contiguous.
     num_rows_per_head_kv: seqlen_q * num_heads_q / num_heads_kv.
+    batch_invariant: as in the call that the plan is for.
     tile_scheduler_metadata: (num_plan_rows, 8) int32, num_splits: (batch_size + 1,) int32: see schedule.py.
 
-dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal)
-    -> (out, lse)
+dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal,
+             batch_invariant=False) -> (out, lse)
     Attention of the last seqlen_q tokens of every request over its tokens in a paged latent cache.
     q: (batch_size, seqlen_q, num_heads_q, 576) bfloat16 or float16, on the CPU also float32; k_cache: (num_blocks, 64,
         num_heads_kv, 576) of the same dtype. Both contiguous in the last dimension, other strides any multiples of 8
@@ -19,6 +21,7 @@ dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, nu
         taken from cache_seqlens: a plan for other lengths costs balance only.
     softmax_scale: finite, not negative.
     causal: query i sees the tokens j <= cache_seqlens - seqlen_q + i.
+    batch_invariant: the bits of a request's results do not depend on the other requests, nor on how many there are.
     out: (batch_size, seqlen_q, num_heads_q, 512) in the dtype of q, contiguous.
     lse: (batch_size, num_heads_q, seqlen_q) float32, natural logarithm of the sum of exponentials.
     Rows that see no key have out 0 and lse +inf.
@@ -56,10 +59,10 @@ from flash_mla.checks import (
 
 _DECODE_ARGUMENTS = (
     "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor tile_scheduler_metadata, "
-    "Tensor num_splits, float softmax_scale, bool causal"
+    "Tensor num_splits, float softmax_scale, bool causal, bool batch_invariant=False"
 )
 _SCHEMAS = (
-    "decode_schedule(Tensor cache_seqlens, int num_rows_per_head_kv, int num_heads_kv)"
+    "decode_schedule(Tensor cache_seqlens, int num_rows_per_head_kv, int num_heads_kv, bool batch_invariant=False)"
     " -> (Tensor tile_scheduler_metadata, Tensor num_splits)",
     f"dense_decode({_DECODE_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     f"dense_decode_out({_DECODE_ARGUMENTS}, *, Tensor(a!) out) -> Tensor lse",
@@ -73,7 +76,9 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def _fake_decode_schedule(cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int) -> tuple[Tensor, Tensor]:
+def _fake_decode_schedule(
+    cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     check_decode_schedule(cache_seqlens, num_rows_per_head_kv, num_heads_kv)
     rows = _num_plan_rows(num_rows_per_head_kv, num_heads_kv, cache_seqlens.device)
     metadata = cache_seqlens.new_empty(rows, schedule.METADATA_COLUMNS)

@@ -26,24 +26,28 @@ class PlanConfig(NamedTuple):
     num_rows_per_head_kv: int  # seqlen_q * num_heads_q / num_heads_kv
     num_heads_kv: int
     in_graph_capture: bool  # planned inside a CUDA graph: the tensors hold nothing before its first replay
+    batch_invariant: bool = False
 
 
 class FlashMLASchedMeta:
     """How the work of a decode is divided, filled in by the first call of flash_mla_with_kvcache that gets the object.
 
     Attributes:
+        enable_batch_invariant: whether calls with this schedule are batch-invariant even if they do not ask for it.
         have_initialized: whether a call has filled in the plan. Not consulted: a plan is there if its tensors are.
         config: what the plan was made for; None before the first call and for tensors that were set from outside.
         tile_scheduler_metadata: (num_plan_rows, 8) int32, or None.
         num_splits: (batch_size + 1,) int32, or None.
     """
 
+    enable_batch_invariant: bool
     have_initialized: bool
     config: PlanConfig | None
     tile_scheduler_metadata: Tensor | None
     num_splits: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(self, enable_batch_invariant: bool = False) -> None:
+        self.enable_batch_invariant = enable_batch_invariant
         self.have_initialized = False
         self.config = None
         self.tile_scheduler_metadata = None
@@ -72,7 +76,8 @@ class FlashMLASchedMeta:
 
 
 def describe_call(q: Tensor, k_cache: Tensor, is_compiling: bool) -> tuple[int, int, int, bool]:
-    """What a plan has to be made for to serve this call: the fields of PlanConfig, in a tuple, which is made faster."""
+    """What a plan has to be made for to serve this call: the first fields of PlanConfig, in a tuple, which is made
+    faster."""
     if not is_compiling:
         call = ops.describe_plain_call(q, k_cache)
         if call is not None:
@@ -92,7 +97,7 @@ def describe_call(q: Tensor, k_cache: Tensor, is_compiling: bool) -> tuple[int, 
 
 
 def tensors_of_plan(
-    plan: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, is_compiling: bool
+    plan: Any, q: Tensor, k_cache: Tensor, cache_seqlens: Tensor, is_compiling: bool, batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The tensors of a schedule object, planning first if it has none.
 
@@ -104,13 +109,13 @@ def tensors_of_plan(
     contain its planning, or replays would use the plan for the lengths of the warm-up; and the tensors of a plan inside
     a graph hold nothing before its first replay. Tensors that the caller has set are used as they are.
     """
-    call = describe_call(q, k_cache, is_compiling)
+    call = (*describe_call(q, k_cache, is_compiling), batch_invariant)
     metadata, num_splits = plan.tile_scheduler_metadata, plan.num_splits
     if metadata is not None and num_splits is not None:
         made_for = plan.config
         if made_for == call or not isinstance(made_for, PlanConfig):
             return metadata, num_splits
-        if made_for[:3] != call[:3]:
+        if made_for[:3] != call[:3] or made_for.batch_invariant != batch_invariant:
             raise ValueError(
                 f"tile_scheduler_metadata must be a plan for {_describe(PlanConfig(*call))}, "
                 f"got one for {_describe(made_for)}"
@@ -121,7 +126,8 @@ def tensors_of_plan(
     check_tensor("cache_seqlens", cache_seqlens)
     check_shape("cache_seqlens", cache_seqlens, "(batch_size,)", [config.batch_size])
     check_on_device("cache_seqlens", cache_seqlens, q.device)
-    metadata, num_splits = ops.decode_schedule(cache_seqlens, config.num_rows_per_head_kv, config.num_heads_kv)
+    counts = config.num_rows_per_head_kv, config.num_heads_kv
+    metadata, num_splits = ops.decode_schedule(cache_seqlens, *counts, batch_invariant)
     plan.tile_scheduler_metadata = metadata
     plan.num_splits = num_splits
     plan.config = config
@@ -132,5 +138,5 @@ def tensors_of_plan(
 def _describe(config: PlanConfig) -> str:
     return (
         f"{config.batch_size} requests, {config.num_rows_per_head_kv} query rows per kv head (seqlen_q * num_heads_q / "
-        f"num_heads_kv) and {config.num_heads_kv} kv heads"
+        f"num_heads_kv) and {config.num_heads_kv} kv heads{', batch-invariant' if config.batch_invariant else ''}"
     )

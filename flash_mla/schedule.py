@@ -29,7 +29,18 @@ METADATA_COLUMNS = 8
 DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
 SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 2, 2
 
+# Where bits must not depend on the batch: see csrc/params/segments.h, which this follows.
+MAX_SEGMENTS = 64  # of a tile
+FOLD_LEVELS = 3
+DENSE_MIN_SEGMENT = 16  # blocks
+SWAPPED_MIN_SEGMENT = 8  # blocks, of a whole cluster
+INVARIANT_SPLIT_CTAS = 2  # CTAs of a cluster of the swapped kernel
+MAX_SCRATCH_BYTES = 64_000_000
+# Granules of a tile at most, the smallest granules first, and log2 of it.
+NUM_GRANULES = {64: 6, 8: 3, 2: 1, 1: 0}
+
 _FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
+_ROW_FLOATS = 512 + 1  # of a partial result: out and its log-sum-exp
 # Sizes of clusters by rows per CTA: merging has to fit their shared memory.
 _SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
 
@@ -59,6 +70,11 @@ class WorkerGrid(NamedTuple):
     split_ctas: int  # CTAs, a cluster, that share out the KV blocks of a lane
     split_overhead_blocks: int
     min_blocks_per_split: int
+    num_granules: int = 0  # of a tile at most, where bits do not depend on the batch; otherwise 0
+
+    @property
+    def is_invariant(self) -> bool:
+        return self.num_granules > 0
 
     @property
     def is_swapped(self) -> bool:
@@ -154,22 +170,127 @@ def num_partial_rows(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int)
     return 2 * grid.num_workers * grid.num_lanes * BLOCK_M
 
 
+def invariant_grid(
+    batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
+) -> WorkerGrid:
+    """One kernel and one size of clusters for as many query rows, whatever the batch; and the smallest granules whose
+    values there is room for."""
+    if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
+        split_ctas = INVARIANT_SPLIT_CTAS if capacity.num_clusters[INVARIANT_SPLIT_CTAS] > 0 else 1
+        grid = WorkerGrid(
+            num_lanes=1,
+            num_workers=capacity.num_clusters[split_ctas],
+            tiles_per_request=num_heads_kv,
+            lane_groups=1,
+            rows_per_tile=_FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS,
+            split_ctas=split_ctas,
+            split_overhead_blocks=SWAPPED_SPLIT_OVERHEAD * split_ctas,
+            min_blocks_per_split=SWAPPED_MIN_SPLIT * split_ctas,
+        )
+    else:
+        grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
+    for num_granules in NUM_GRANULES:
+        grid = grid._replace(num_granules=num_granules)
+        if invariant_scratch_bytes(grid, batch_size) <= MAX_SCRATCH_BYTES:
+            break
+    return grid
+
+
+def decode_grid(
+    batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity, batch_invariant: bool
+) -> WorkerGrid:
+    choose = invariant_grid if batch_invariant else worker_grid
+    return choose(batch_size, num_rows_per_head_kv, num_heads_kv, capacity)
+
+
+def invariant_scratch_bytes(grid: WorkerGrid, batch_size: int) -> int:
+    """Slots for what waits at the levels within a granule and for the values of granules, and for the dense kernel what
+    its scores warpgroup tells the others."""
+    num_ctas = grid.num_workers * grid.num_lanes  # or clusters
+    granules = 0 if grid.num_granules == 1 else grid.num_granules
+    num_slots = num_ctas * levels_with_slots(grid.num_granules)
+    num_slots += batch_size * grid.tiles_per_request * grid.num_lanes * granules
+    fold_step_floats = 0 if grid.is_swapped else num_ctas * (FOLD_LEVELS + 1) * BLOCK_M * 4
+    return 4 * (num_slots * grid.rows_per_tile * _ROW_FLOATS + fold_step_floats)
+
+
+def min_segment_blocks(rows_per_tile: int) -> int:
+    return SWAPPED_MIN_SEGMENT if rows_per_tile < BLOCK_M else DENSE_MIN_SEGMENT
+
+
+def num_segments_of(num_blocks: int, min_blocks: int) -> int:
+    """A power of two, the largest with segments of at least min_blocks."""
+    segments = 1
+    while segments < MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
+        segments *= 2
+    return segments
+
+
+def segment_range(segment: int, num_segments: int, num_blocks: int) -> range:
+    """The blocks of a segment."""
+    return range(segment * num_blocks // num_segments, (segment + 1) * num_blocks // num_segments)
+
+
+def radices_of(num_segments: int) -> tuple[int, int, int]:
+    """Of the levels of the tree over so many segments, the innermost first."""
+    top = min(num_segments, 2)
+    middle = min(num_segments // top, 4)
+    return num_segments // (top * middle), middle, top
+
+
+def levels_in_granule(num_granules: int) -> int:
+    return {64: 0, 8: 1, 2: 2, 1: 3}[num_granules]
+
+
+def levels_with_slots(num_granules: int) -> int:
+    """Levels that need a slot of the CTA: what is folded last within a granule waits in the granule's own slot."""
+    return FOLD_LEVELS if num_granules == 1 else max(levels_in_granule(num_granules) - 1, 0)
+
+
+def segment_at(place: int, num_segments: int, num_granules: int) -> int:
+    """The first segment at or behind a place of the plan, in 64ths of the tile."""
+    granules = min(num_segments, num_granules)
+    return place * granules // MAX_SEGMENTS * (num_segments // granules)
+
+
+def fold_path(segment: int, num_segments: int, num_levels: int) -> tuple[list[int], int]:
+    """What becomes of the value of a segment in the first levels of the tree.
+
+    Returns:
+        The levels where it is folded with what waits there, and the one where it waits then: num_levels where it has
+        become the whole node above them.
+    """
+    folds = []
+    for level, radix in enumerate(radices_of(num_segments)[:num_levels]):
+        segment, member = divmod(segment, radix)
+        if member > 0:
+            folds.append(level)
+        if member < radix - 1:
+            return folds, level
+    return folds, num_levels
+
+
 def decode_schedule(
-    cache_seqlens: Tensor, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
+    cache_seqlens: Tensor,
+    num_rows_per_head_kv: int,
+    num_heads_kv: int,
+    capacity: ClusterCapacity,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plan a decode.
 
     Args:
         cache_seqlens: (batch_size,) int32, tokens in the cache of each request; negative counts as 0.
         num_rows_per_head_kv, num_heads_kv, capacity: as in `worker_grid`.
+        batch_invariant: whether tiles may be cut between granules only.
 
     Returns:
         tile_scheduler_metadata: (num_plan_rows, 8) int32; per worker begin_batch, begin_tile, begin_block, end_batch,
             end_tile, end_block (exclusive), num_pieces, last_worker. The last rows are without work where the grid has
-            fewer workers.
+            fewer workers. With batch_invariant the blocks are 64ths of the tile, and last_worker is the worker itself.
         num_splits: (batch_size + 1,) int32, running count of pieces.
     """
-    grid = worker_grid(cache_seqlens.shape[0], num_rows_per_head_kv, num_heads_kv, capacity)
+    grid = decode_grid(cache_seqlens.shape[0], num_rows_per_head_kv, num_heads_kv, capacity, batch_invariant)
     return divide_work(cache_seqlens, grid, num_plan_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms))
 
 
@@ -187,12 +308,14 @@ def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple
     fair_share = (total + num_workers - 1) // num_workers
     quota = torch.clamp(fair_share, min=grid.split_overhead_blocks + grid.min_blocks_per_split)
 
-    # Boundary w: where worker w begins and worker w - 1 ends, as a tile, numbered along the line, and a block of it.
+    # Boundary w: where worker w begins and worker w - 1 ends, as a tile, numbered along the line, and a block of it, or
+    # a place in it.
     workers = torch.arange(num_workers + 1, device=cache_seqlens.device)
     begin_tile, block = _even_boundaries(workers, num_blocks, grid)
     batch = begin_tile.div(tiles, rounding_mode="floor")
     cost = request_begin[batch] + (begin_tile - batch * tiles) * tile_cost[batch]
-    cost += torch.where(block > 0, block + grid.split_overhead_blocks, 0)
+    blocks_before = block * num_blocks[batch] // MAX_SEGMENTS if grid.is_invariant else block
+    cost += torch.where(block > 0, blocks_before + grid.split_overhead_blocks, 0)
     slack = grid.split_overhead_blocks + grid.split_overhead_blocks // 2
     is_even = ~(cost.diff() > quota + slack).any()
 
@@ -202,6 +325,8 @@ def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple
     cost_in_request = cost - request_begin[batch]
     fair_tile = batch * tiles + cost_in_request // tile_cost[batch]
     fair_block = (cost_in_request % tile_cost[batch] - grid.split_overhead_blocks).clamp(min=0)
+    if grid.is_invariant:
+        fair_tile, fair_block = _nearest_granule(fair_tile, fair_block, num_blocks[batch], num_blocks, grid)
 
     begin_tile = torch.where(is_even, begin_tile, fair_tile)
     block = torch.where(is_even, block, fair_block)
@@ -210,16 +335,22 @@ def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple
 
     first_tile = begin_tile[:-1]
     last_tile = torch.where(cuts_a_tile, begin_tile, begin_tile - 1)[1:]
-    num_pieces = last_tile - first_tile + 1
     end_batch = last_tile.div(tiles, rounding_mode="floor")
-    end_block = torch.where(cuts_a_tile[1:], block[1:], num_blocks[end_batch])
-    last_worker = torch.searchsorted(first_tile, last_tile, right=True) - 1
+    if grid.is_invariant:
+        end_of_tile = torch.full_like(last_tile, MAX_SEGMENTS)
+        is_idle = (begin_tile.diff() == 0) & (block.diff() == 0)
+        last_worker = workers[:-1]
+    else:
+        end_of_tile = num_blocks[end_batch]
+        is_idle = last_tile < first_tile
+        last_worker = torch.searchsorted(first_tile, last_tile, right=True) - 1
+        last_worker = torch.where(is_idle, workers[:-1], last_worker)
+    num_pieces = torch.where(is_idle, 0, last_tile - first_tile + 1)
+    end_block = torch.where(cuts_a_tile[1:], block[1:], end_of_tile)
 
     begin = torch.stack([batch, begin_tile - batch * tiles, block], dim=1)[:-1]
     end = torch.stack([end_batch, last_tile - end_batch * tiles, end_block], dim=1)
-    is_idle = num_pieces == 0
     end = torch.where(is_idle[:, None], begin, end)
-    last_worker = torch.where(is_idle, workers[:-1], last_worker)
     metadata = torch.zeros(num_rows, METADATA_COLUMNS, dtype=torch.int32, device=cache_seqlens.device)
     metadata[:, [0, 3]] = batch_size
     metadata[:, 7] = torch.arange(num_rows, device=cache_seqlens.device)
@@ -233,7 +364,7 @@ def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple
 
 
 def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> tuple[Tensor, Tensor]:
-    """Tile and block where each worker begins if all have as many whole tiles, or all tiles as many workers.
+    """Tile and block, or place, where each worker begins if all have as many whole tiles, or all tiles as many workers.
 
     Args:
         workers: (num_workers + 1,) int64.
@@ -245,9 +376,33 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
         return workers * num_tiles // grid.num_workers, torch.zeros_like(workers)
     tile = (workers // workers_per_tile).clamp(max=num_tiles)
     blocks_of_tile = num_blocks[tile // grid.tiles_per_request]
-    piece = ((blocks_of_tile + workers_per_tile - 1) // workers_per_tile).clamp(min=grid.min_blocks_per_split)
     is_short = blocks_of_tile <= grid.split_overhead_blocks + grid.min_blocks_per_split
+    worker_of_tile = workers - tile * workers_per_tile
+    if grid.is_invariant:
+        # A short tile belongs to its first worker, and behind the last tile there is nothing to divide.
+        part = torch.where(is_short & (worker_of_tile > 0), workers_per_tile, worker_of_tile)
+        part = torch.where(tile == num_tiles, 0, part)
+        return _nearest_granule(tile, part, torch.full_like(part, workers_per_tile), num_blocks, grid)
+    piece = ((blocks_of_tile + workers_per_tile - 1) // workers_per_tile).clamp(min=grid.min_blocks_per_split)
     piece = torch.where(is_short, blocks_of_tile, piece)
-    block = (workers - tile * workers_per_tile) * piece
+    block = worker_of_tile * piece
     is_behind_tile = (block > 0) & (block >= blocks_of_tile)
     return tile + is_behind_tile.to(torch.int64), torch.where(is_behind_tile, 0, block)
+
+
+def _nearest_granule(
+    tile: Tensor, part: Tensor, whole: Tensor, num_blocks: Tensor, grid: WorkerGrid
+) -> tuple[Tensor, Tensor]:
+    """The boundary between granules that is nearest to part / whole of a tile: the tile and the place in it, in 64ths.
+    The end of a tile is the begin of the next."""
+    blocks = num_blocks[tile.div(grid.tiles_per_request, rounding_mode="floor")]
+    num_granules = torch.ones_like(blocks)
+    min_blocks = min_segment_blocks(grid.rows_per_tile)
+    for segments in (2, 4, 8, 16, 32, 64):
+        if segments <= grid.num_granules:
+            num_granules = torch.where(blocks >= segments * min_blocks, segments, num_granules)
+    granule = torch.where(whole > 0, (2 * part * num_granules + whole) // (2 * whole).clamp(min=1), 0)
+    is_behind_tile = granule >= num_granules
+    return tile + is_behind_tile.to(torch.int64), torch.where(
+        is_behind_tile, 0, granule * (MAX_SEGMENTS // num_granules)
+    )

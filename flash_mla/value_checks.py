@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.checks import DecodeArguments
-from flash_mla.schedule import METADATA_COLUMNS, PAGE_SIZE, WorkerGrid, capacity_of, worker_grid
+from flash_mla.schedule import MAX_SEGMENTS, METADATA_COLUMNS, PAGE_SIZE, WorkerGrid, capacity_of, decode_grid
 
 
 def is_switched_on(environ: Mapping[str, str] = os.environ, variable: str = "FLASH_MLA_CHECK") -> bool:
@@ -97,17 +97,35 @@ def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, grid: 
         return
     *_, end_batch, end_tile, _, num_pieces, _ = tile_scheduler_metadata.unbind(1)
     workers = torch.arange(num_pieces.shape[0], dtype=num_pieces.dtype, device=num_pieces.device)
-    ends = torch.stack([end_batch, end_tile, workers]).where(num_pieces > 0, -1)
-    last_request, last_tile, last_worker = ends.amax(1).tolist()
+    is_of_other_kind = _cuts_otherwise(tile_scheduler_metadata, workers, grid.is_invariant).to(num_pieces.dtype)
+    ends = torch.stack([end_batch, end_tile, workers, is_of_other_kind]).where(num_pieces > 0, -1)
+    last_request, last_tile, last_worker, is_other_kind = ends.amax(1).tolist()
     if (last_request, last_tile) != (batch_size - 1, grid.tiles_per_request - 1):
         expected = f"{batch_size} requests of {grid.tiles_per_request} tiles (for these head counts and seqlen_q)"
         actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
         raise ValueError(f"tile_scheduler_metadata must be a plan for {expected}, got {actual}")
+    if is_other_kind > 0:
+        kinds = ("one that is not batch-invariant", "a batch-invariant one")
+        raise ValueError(
+            f"tile_scheduler_metadata must be a plan for this call, {kinds[grid.is_invariant]}, "
+            f"got {kinds[not grid.is_invariant]}"
+        )
     if last_worker >= grid.num_workers:
         raise ValueError(
             f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, seqlen_q "
             f"and GPU), got one for {last_worker + 1} or more"
         )
+
+
+def _cuts_otherwise(tile_scheduler_metadata: Tensor, workers: Tensor, is_invariant: bool) -> Tensor:
+    """For each worker with work, whether it ends as none does in a plan of this kind. Plans that cut no tile may be of
+    both kinds."""
+    begin_block, end_block, last_worker = (tile_scheduler_metadata[:, i] for i in (2, 5, 7))
+    next_begins_inside = begin_block.roll(-1) > 0
+    next_begins_inside[-1:] = False
+    if not is_invariant:
+        return (last_worker != workers) != next_begins_inside
+    return (last_worker != workers) | (end_block > MAX_SEGMENTS) | ((end_block < MAX_SEGMENTS) != next_begins_inside)
 
 
 def check_values_unless_capturing(arguments: DecodeArguments) -> None:
@@ -127,6 +145,6 @@ def check_values_unless_capturing(arguments: DecodeArguments) -> None:
     ):
         return
     counts = arguments.num_rows_per_head_kv, arguments.num_heads_kv
-    grid = worker_grid(q.shape[0], *counts, capacity_of(q.device))
+    grid = decode_grid(q.shape[0], *counts, capacity_of(q.device), arguments.batch_invariant)
     check_planned_tiles(metadata, q.shape[0], grid)
     check_lengths_and_pages(block_table, cache_seqlens, k_cache.shape[0])

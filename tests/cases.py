@@ -27,6 +27,7 @@ class Case:
     cache_seqlens: Tensor  # (batch_size,) int32
     softmax_scale: float
     causal: bool
+    batch_invariant: bool = False
 
     @property
     def num_rows_per_head_kv(self) -> int:
@@ -34,12 +35,14 @@ class Case:
 
     def plan(self) -> tuple[Tensor, Tensor]:
         """tile_scheduler_metadata and num_splits for these lengths."""
-        return torch.ops.flash_mla.decode_schedule(self.cache_seqlens, self.num_rows_per_head_kv, self.k_cache.shape[2])
+        return torch.ops.flash_mla.decode_schedule(
+            self.cache_seqlens, self.num_rows_per_head_kv, self.k_cache.shape[2], self.batch_invariant
+        )
 
     def op_arguments(self) -> tuple[Tensor | float | bool, ...]:
         """Positional arguments of torch.ops.flash_mla.dense_decode."""
         tensors = (self.q, self.k_cache, self.block_table, self.cache_seqlens, *self.plan())
-        return (*tensors, self.softmax_scale, self.causal)
+        return (*tensors, self.softmax_scale, self.causal, self.batch_invariant)
 
 
 def make_case(

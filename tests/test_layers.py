@@ -137,7 +137,8 @@ def test_integration_imports_only_its_framework(path):
 
 
 def test_constants_are_the_same_on_host_and_device():
-    text = (CSRC / "params" / "work_division.h").read_text()
+    headers = ("work_division.h", "segments.h")
+    text = "".join((CSRC / "params" / name).read_text() for name in headers)
     definitions = re.findall(r"constexpr int (k\w+ = \d+(?:, k\w+ = \d+)*);", text)
     of_device = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", " ".join(definitions))}
     assert of_device == {
@@ -152,22 +153,30 @@ def test_constants_are_the_same_on_host_and_device():
         "kDenseMinSplit": schedule.DENSE_MIN_SPLIT,
         "kSwappedSplitOverhead": schedule.SWAPPED_SPLIT_OVERHEAD,
         "kSwappedMinSplit": schedule.SWAPPED_MIN_SPLIT,
+        "kMaxSegments": schedule.MAX_SEGMENTS,
+        "kMaxSegmentBits": schedule.NUM_GRANULES[schedule.MAX_SEGMENTS],
+        "kFoldLevels": schedule.FOLD_LEVELS,
+        "kDenseMinSegment": schedule.DENSE_MIN_SEGMENT,
+        "kSwappedMinSegment": schedule.SWAPPED_MIN_SEGMENT,
+        "kInvariantSplitCtas": schedule.INVARIANT_SPLIT_CTAS,
+        "kMaxScratchBytes": schedule.MAX_SCRATCH_BYTES,
+        "kFoldStepFloats": 4,
         "kHeadDim": checks.HEAD_DIM,
         "kHeadDimV": checks.HEAD_DIM_V,
     }
-    others = [path for path in CPP_FILES if path.name != "work_division.h"]
+    others = [path for path in CPP_FILES if path.name not in headers]
     for name in of_device:
         assert not [path for path in others if re.search(rf"constexpr int {name}\b", path.read_text())], name
 
 
 GRID_PROGRAM = """
 #include <cstdio>
-#include "params/work_division.h"
+#include "params/segments.h"
 using namespace flash_mla;
 void print(WorkerGrid const& grid) {
-    std::printf("%d %d %d %d %d %d %d %d %d ", grid.num_lanes, grid.num_workers, grid.tiles_per_request,
+    std::printf("%d %d %d %d %d %d %d %d %d %d ", grid.num_lanes, grid.num_workers, grid.tiles_per_request,
                 grid.lane_groups, grid.rows_per_tile, grid.split_ctas, grid.split_overhead_blocks,
-                grid.min_blocks_per_split, grid.is_swapped());
+                grid.min_blocks_per_split, grid.num_granules, grid.is_swapped());
 }
 int main() {
     std::printf("%d\\n", kWorkerRowInts);
@@ -177,8 +186,11 @@ int main() {
         print(worker_grid(batch_size, rows, heads, capacity));
         print(dense_grid(rows, heads, capacity.num_sms()));
         print(swapped_grid(batch_size > 0 ? batch_size : 1, rows, heads, capacity));
-        std::printf("%d %lld\\n", num_plan_rows(rows, heads, capacity.num_sms()),
-                    static_cast<long long>(num_partial_rows(rows, heads, capacity.num_sms())));
+        WorkerGrid const invariant = decode_grid(batch_size, rows, heads, capacity, true);
+        print(invariant);
+        std::printf("%d %lld %lld\\n", num_plan_rows(rows, heads, capacity.num_sms()),
+                    static_cast<long long>(num_partial_rows(rows, heads, capacity.num_sms())),
+                    static_cast<long long>(invariant_scratch_bytes(invariant, batch_size)));
     }
 }
 """
@@ -190,10 +202,12 @@ def grids_of(batch_size: int, rows: int, heads: int, capacity: schedule.ClusterC
         schedule.worker_grid(batch_size, rows, heads, capacity),
         schedule.dense_grid(rows, heads, capacity.num_sms),
         schedule.swapped_grid(max(batch_size, 1), rows, heads, capacity),
+        schedule.decode_grid(batch_size, rows, heads, capacity, batch_invariant=True),
     )
     sizes = (schedule.num_plan_rows, schedule.num_partial_rows)
     numbers = [number for grid in grids for number in (*grid, int(grid.is_swapped))]
-    return [*numbers, *(size(rows, heads, capacity.num_sms) for size in sizes)]
+    numbers += [size(rows, heads, capacity.num_sms) for size in sizes]
+    return [*numbers, schedule.invariant_scratch_bytes(grids[-1], batch_size)]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")

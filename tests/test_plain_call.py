@@ -51,8 +51,9 @@ NOT_PLAIN: dict[str, Callable[[Arguments], Arguments]] = {
     "lengths on the CPU": lambda arguments: (*arguments[:3], arguments[3].cpu(), *arguments[4:]),
     "None for a tensor": lambda arguments: (*arguments[:5], None, *arguments[6:]),
     "list for a tensor": lambda arguments: (*arguments[:3], [300, 0, 70], *arguments[4:]),
-    "integer as scale": lambda arguments: (*arguments[:6], 1, arguments[7]),
-    "integer for causal": lambda arguments: (*arguments[:7], 1),
+    "integer as scale": lambda arguments: (*arguments[:6], 1, *arguments[7:]),
+    "integer for causal": lambda arguments: (*arguments[:7], 1, arguments[8]),
+    "integer for batch_invariant": lambda arguments: (*arguments[:8], 1),
 }
 CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cuda"),

@@ -134,7 +134,8 @@ constexpr WorkerGrid invariant_grid(int batch_size, int num_rows_per_head_kv, in
                 kSwappedSplitOverhead * split_ctas,
                 kSwappedMinSplit * split_ctas};
     }
-    for (int const num_granules : {64, 8, 2, 1}) {
+    constexpr int kNumGranules[] = {64, 8, 2, 1};
+    for (int const num_granules : kNumGranules) {
         grid.num_granules = num_granules;
         if (invariant_scratch_bytes(grid, batch_size) <= kMaxScratchBytes) break;
     }
