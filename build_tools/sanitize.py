@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 # A regular expression for the names of the kernels of this package; tests hold it to the sources.
-OWN_KERNELS = "dense_decode|swapped_decode|split_kv_combine|decode_schedule|append_kv"
+OWN_KERNELS = "dense_decode|swapped_decode|split_kv_combine|granule_combine|decode_schedule|granule_schedule|append_kv"
 # More than any CTA of them has.
 NUM_CUDA_BARRIERS = 64
 NOT_FOUND = "compute-sanitizer was not found in CUDA_HOME, on PATH or in /usr/local/cuda"

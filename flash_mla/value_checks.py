@@ -104,16 +104,16 @@ def check_planned_tiles(tile_scheduler_metadata: Tensor, batch_size: int, grid: 
         expected = f"{batch_size} requests of {grid.tiles_per_request} tiles (for these head counts and seqlen_q)"
         actual = f"one for {last_request + 1} of {last_tile + 1}" if last_request >= 0 else "one without work"
         raise ValueError(f"tile_scheduler_metadata must be a plan for {expected}, got {actual}")
+    if last_worker >= grid.num_workers:
+        raise ValueError(
+            f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, seqlen_q, "
+            f"GPU and enable_batch_invariant), got one for {last_worker + 1} or more"
+        )
     if is_other_kind > 0:
         kinds = ("one that is not batch-invariant", "a batch-invariant one")
         raise ValueError(
             f"tile_scheduler_metadata must be a plan for this call, {kinds[grid.is_invariant]}, "
             f"got {kinds[not grid.is_invariant]}"
-        )
-    if last_worker >= grid.num_workers:
-        raise ValueError(
-            f"tile_scheduler_metadata must be a plan for {grid.num_workers} workers (for these head counts, seqlen_q "
-            f"and GPU), got one for {last_worker + 1} or more"
         )
 
 

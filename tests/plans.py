@@ -34,6 +34,7 @@ def plan_for_few_workers(
     num_heads_kv: int,
     num_workers: int,
     device: str | torch.device = "cpu",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All of the work for the first workers, none for the others: few requests then make long lists of pieces.
 
@@ -46,7 +47,7 @@ def plan_for_few_workers(
     """
     device = torch.device(device)
     capacity, counts = schedule.capacity_of(device), (num_rows_per_head_kv, num_heads_kv)
-    grid = schedule.worker_grid(len(lengths), *counts, capacity)
+    grid = schedule.decode_grid(len(lengths), *counts, capacity, batch_invariant)
     grid = grid._replace(num_workers=min(num_workers, grid.num_workers))
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     metadata, num_splits = schedule.divide_work(seqlens, grid, schedule.num_plan_rows(*counts, capacity.num_sms))

@@ -367,7 +367,7 @@ REJECTIONS = [
         (call_api,),
     ),
     unsupported("is_fp8_kvcache", "an fp8 cache", True),
-    unsupported("enable_batch_invariant", "batch-invariant decoding", True),
+    value("enable_batch_invariant", TypeError, "must be a bool, got 1", 1, (call_api,)),
     unsupported("indices", "sparse attention", torch.zeros(3, 2, 64, dtype=torch.int32)),
     unsupported("attn_sink", "attention sinks", torch.zeros(16)),
     unsupported("extra_k_cache", "a second cache", torch.zeros(2, PAGE_SIZE, 1, HEAD_DIM, dtype=BF16)),

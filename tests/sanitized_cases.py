@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 from plans import plan_for_few_workers
 from reference import assert_close, reference
+from segments import fold_by_workers, walk
 from torch import Tensor
 
 import flash_mla  # noqa: F401
@@ -37,6 +38,7 @@ class SanitizedCase:
     planned_lengths: Sequence[int] | None = None  # of a plan for other lengths
     split_ctas: int | None = None  # requests without tokens are added until clusters have this size
     strided_out: bool = False
+    num_granules: int | None = None  # of batch-invariant cases: requests without tokens are added until these are used
     shape: dict[str, Any] = field(default_factory=dict)  # for make_case
 
     @property
@@ -57,10 +59,18 @@ class SanitizedCase:
 
     def grid(self, capacity: ClusterCapacity, batch_size: int | None = None) -> WorkerGrid:
         batch_size = self.batch_size(capacity) if batch_size is None else batch_size
-        return schedule.worker_grid(batch_size, self.num_rows_per_head_kv, self.num_heads_kv, capacity)
+        counts = self.num_rows_per_head_kv, self.num_heads_kv
+        return schedule.decode_grid(batch_size, *counts, capacity, self.is_batch_invariant)
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        return self.num_granules is not None
 
     def batch_size(self, capacity: ClusterCapacity) -> int:
         smallest = len(self.lengths)
+        if self.num_granules is not None:
+            batch_sizes = range(smallest, 2000)
+            return next(n for n in batch_sizes if self.grid(capacity, n).num_granules == self.num_granules)
         if self.split_ctas is None:
             return smallest
         enough = range(smallest, capacity.num_sms + 2)
@@ -73,12 +83,14 @@ class SanitizedCase:
 
     def make(self, dtype: torch.dtype, device: str, capacity: ClusterCapacity) -> Case:
         lengths = self.all_lengths(capacity)
-        return make_case(batch=len(lengths), seqlens=lengths, dtype=dtype, device=device, **self.shape)
+        case = make_case(batch=len(lengths), seqlens=lengths, dtype=dtype, device=device, **self.shape)
+        return replace(case, batch_invariant=self.is_batch_invariant)
 
     def plan(self, device: str, capacity: ClusterCapacity) -> tuple[Tensor, Tensor]:
         num_workers = self.num_workers or self.grid(capacity).num_workers
         lengths = self.all_lengths(capacity, planned=True)
-        return plan_for_few_workers(lengths, self.num_rows_per_head_kv, self.num_heads_kv, num_workers, device)
+        counts = self.num_rows_per_head_kv, self.num_heads_kv
+        return plan_for_few_workers(lengths, *counts, num_workers, device, self.is_batch_invariant)
 
 
 DENSE_CASES = [
@@ -175,6 +187,93 @@ SWAPPED_CASES = [
 
 CASES = [*DENSE_CASES, *SWAPPED_CASES]
 
+# Tiles of 1 to 16 segments, whose values wait at each of the levels, in each kind of slot, and are folded there.
+INVARIANT_CASES = [
+    *(
+        SanitizedCase(
+            f"invariant, at most {num_granules} granules",
+            [64 * 259 - 3, 64 * 40, 100, 0],
+            num_workers=3,
+            num_granules=num_granules,
+            strided_out=True,
+            shape={"num_heads_q": 48, "strided_cache": True, "strided_q": True},
+        )
+        for num_granules in schedule.NUM_GRANULES
+    ),
+    *(
+        SanitizedCase(
+            f"invariant, pair of tiles, causal, at most {num_granules} granules",
+            [64 * 64 + 1, 1, 70],
+            num_workers=2,
+            num_granules=num_granules,
+            shape={"seqlen_q": 2, "num_heads_q": 64, "causal": True},
+        )
+        for num_granules in (64, 1)
+    ),
+    SanitizedCase(
+        "invariant, two KV heads, planned for other lengths",
+        [64 * 70, 100, 0],
+        num_workers=5,
+        planned_lengths=[10, 64 * 70, 900],
+        num_granules=8,
+        shape={"num_heads_q": 128, "num_heads_kv": 2},
+    ),
+    *(
+        SanitizedCase(
+            f"invariant, swapped, at most {num_granules} granules",
+            [64 * 131 - 3, 64 * 20, 100, 0],
+            num_workers=3,
+            num_granules=num_granules,
+            strided_out=True,
+            shape={"num_heads_q": 12, "strided_cache": True, "strided_q": True},
+        )
+        for num_granules in schedule.NUM_GRANULES
+    ),
+    *(
+        SanitizedCase(
+            f"invariant, swapped, 32 rows, causal, at most {num_granules} granules",
+            [64 * 64 + 1, 1, 70],
+            num_workers=2,
+            num_granules=num_granules,
+            shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
+        )
+        for num_granules in (64, 1)
+    ),
+    SanitizedCase("invariant, swapped, no more blocks than stages", [250, 100, 0], num_granules=64),
+]
+_INVARIANT_WAYS = {
+    64: {"left in the slot of a granule", *(f"combine at level {level}" for level in (0, 1, 2))},
+    8: {"left in the slot of a granule", "fold at level 0", *(f"combine at level {level}" for level in (1, 2))},
+    2: {
+        "left in the slot of a level",
+        "left in the slot of a granule",
+        *(f"fold at level {level}" for level in (0, 1)),
+        "combine at level 2",
+    },
+    1: {
+        "left in the slot of a level",
+        *(f"fold at level {level}" for level in (0, 1, 2)),
+        "several segments, result by the worker",
+    },
+}
+ALL_CASES = [*CASES, *INVARIANT_CASES]
+INVARIANT_ROUTES = {
+    f"{kernel}, at most {num_granules} granules: {way}"
+    for kernel in ("dense", "swapped")
+    for num_granules, ways in _INVARIANT_WAYS.items()
+    for way in (*ways, "one segment")
+}
+
+
+def invariant_routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
+    grid = case.grid(capacity)
+    rows = case.plan("cpu", capacity)[0].tolist()
+    segments = list(walk(rows, case.all_lengths(capacity), grid))
+    _, ways = fold_by_workers(segments, lambda segment: "", grid, lambda folded, following: "")
+    kernel = "swapped" if grid.is_swapped else "dense"
+    return {f"{kernel}, at most {grid.num_granules} granules: {way}" for way in ways}
+
+
 # The ways through a kernel. A tile is the query rows of one or several lanes, a piece what a worker has of it.
 _BOTH = {
     "table without room behind it",
@@ -226,7 +325,11 @@ def routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
 
 def is_followed_by_racecheck(case: SanitizedCase, capacity: ClusterCapacity) -> bool:
     """Whether racecheck comes to an end: it never did where the producer of the swapped kernel has to wait for room."""
-    return "swapped: more blocks than stages" not in routes_of(case, capacity)
+    if not case.is_batch_invariant:
+        return "swapped: more blocks than stages" not in routes_of(case, capacity)
+    grid = case.grid(capacity)
+    num_blocks = sum(-(-length // PAGE_SIZE) for length in case.lengths)
+    return not grid.is_swapped or num_blocks <= NUM_STAGES["swapped"] * grid.split_ctas
 
 
 def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
@@ -318,8 +421,8 @@ def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
     expected = reference(case.make(dtype, "cpu", capacity))
     given = case.make(dtype, device, capacity)
     counts = (case.num_rows_per_head_kv, case.num_heads_kv)
-    planned = torch.ops.flash_mla.decode_schedule(given.cache_seqlens, *counts)
-    expected_plan = schedule.decode_schedule(given.cache_seqlens.cpu(), *counts, capacity)
+    planned = torch.ops.flash_mla.decode_schedule(given.cache_seqlens, *counts, case.is_batch_invariant)
+    expected_plan = schedule.decode_schedule(given.cache_seqlens.cpu(), *counts, capacity, case.is_batch_invariant)
     for part, expected_part in zip(planned, expected_plan, strict=True):
         assert torch.equal(part.cpu(), expected_part), "the plan is not that of the host"
 
@@ -334,6 +437,7 @@ def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:
         *case.plan(device, capacity),
         given.softmax_scale,
         given.causal,
+        case.is_batch_invariant,
         out=out,
     )
     # As a whole: a copy of a part would be a kernel.
@@ -381,11 +485,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--for-racecheck", action="store_true", help="leave out the cases that it hangs in")
     options = parser.parse_args(arguments)
     capacity = schedule.capacity_of(torch.device(options.device))
-    known = [*(case.name for case in CASES), *(f"append, {case.name}" for case in APPEND_CASES)]
+    known = [*(case.name for case in ALL_CASES), *(f"append, {case.name}" for case in APPEND_CASES)]
     selected = options.cases or known
     if unknown := [name for name in selected if name not in known]:
         parser.error(f"argument --case: must be one of {'; '.join(known)}, got {unknown[0]}")
-    for case in CASES:
+    for case in ALL_CASES:
         if case.name in selected and options.for_racecheck and not is_followed_by_racecheck(case, capacity):
             print(f"{case.name}: left out, racecheck does not follow it")
             continue

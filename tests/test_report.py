@@ -50,7 +50,8 @@ def fake_gpus(monkeypatch, *capabilities: tuple[int, int]) -> None:
 def test_the_command_prints_the_report():
     result = subprocess.run([sys.executable, "-m", "flash_mla"], capture_output=True, text=True, check=True)
     labels = [line.split(":")[0] for line in result.stdout.splitlines()]
-    assert labels[:8] == ["flash_mla", "kernels", "usable", "torch", "GPUs", "driver", "Python", "FLASH_MLA_CHECK"]
+    assert labels[:7] == ["flash_mla", "kernels", "usable", "torch", "GPUs", "driver", "Python"]
+    assert labels[7:9] == ["FLASH_MLA_CHECK", "FLASH_MLA_BATCH_INVARIANT"]
     assert flash_mla.__version__ in result.stdout and torch.__version__ in result.stdout
 
 

@@ -11,7 +11,17 @@ import pytest
 import sanitized_cases
 import torch
 from plans import CAPACITIES
-from sanitized_cases import APPEND_CASES, CASES, ROUTES, SWAPPED_CASES, routes_of
+from sanitized_cases import (
+    ALL_CASES,
+    APPEND_CASES,
+    CASES,
+    INVARIANT_CASES,
+    INVARIANT_ROUTES,
+    ROUTES,
+    SWAPPED_CASES,
+    invariant_routes_of,
+    routes_of,
+)
 
 from build_tools import sanitize
 
@@ -25,6 +35,16 @@ def test_cases_take_every_way(capacity):
     for case in CASES:
         taken |= routes_of(case, capacity)
     assert taken == ROUTES
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
+def test_invariant_cases_take_every_way(capacity):
+    taken: set[str] = set()
+    for case in INVARIANT_CASES:
+        taken |= invariant_routes_of(case, capacity)
+    assert taken == INVARIANT_ROUTES
+    followed = {sanitized_cases.is_followed_by_racecheck(case, capacity) for case in INVARIANT_CASES}
+    assert followed == {False, True}
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
@@ -52,7 +72,7 @@ def test_sizes_are_those_of_the_kernel(name, file, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-").replace(",", ""))
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name.replace(" ", "-").replace(",", ""))
 def test_case(device, case, dtype):
     """As they are run there, but unwatched."""
     sanitized_cases.run(case, dtype, device)
