@@ -33,7 +33,7 @@ def assert_same(actual, expected) -> None:
 
 
 def expected_result(case: Case, causal: bool = False):
-    *arguments, _, _ = case.op_arguments()
+    *arguments, _, _, _ = case.op_arguments()
     return torch.ops.flash_mla.dense_decode(*arguments, case.softmax_scale, causal)
 
 

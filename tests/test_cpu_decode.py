@@ -130,7 +130,7 @@ def test_no_requests():
 
 def test_stale_plan_gives_the_same_bits():
     case = make_case(batch=2, seqlens=[500, 20])
-    *arguments, scale, causal = case.op_arguments()
+    *arguments, scale, causal, _ = case.op_arguments()
     plan = torch.ops.flash_mla.decode_schedule(torch.tensor([1, 9000], dtype=torch.int32), 16, 1)
     out, lse = torch.ops.flash_mla.dense_decode(*arguments[:4], *plan, scale, causal)
     expected_out, expected_lse = decode(case)
