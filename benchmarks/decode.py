@@ -22,7 +22,7 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.inputs import CachePool, Inputs, check_result, compare_results
 from benchmarks.machine import GpuMonitor, describe_gpu
 from benchmarks.model import decode_work
-from benchmarks.peers import DEFAULT_PEERS, PEERS, Decoder, Peer, load_peers
+from benchmarks.peers import DEFAULT_PEERS, PEERS, BatchInvariant, Decoder, Peer, ThisPackage, load_peers
 from benchmarks.record import describe_run, save_json
 from benchmarks.shapes import PRESETS, Shape, select_shapes
 from benchmarks.timer import GraphTimer, TimerSettings, Timing
@@ -183,6 +183,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="+", default=DEFAULT_PEERS, choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}"
     )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="also this package's batch-invariant calls, right after the others",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there as they come")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="take no new shape after this time")
     parser.add_argument(
@@ -195,6 +200,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--no-ceilings", dest="ceilings", action="store_false", help="do not measure the machine's own rates"
     )
     options = parser.parse_args(arguments)
+    if options.batch_invariant and BatchInvariant.name not in options.peers:
+        place = options.peers.index(ThisPackage.name) + 1 if ThisPackage.name in options.peers else 0
+        options.peers = [*options.peers[:place], BatchInvariant.name, *options.peers[place:]]
     try:
         options.selected = select_shapes(options.shapes)
     except ValueError as error:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _import(name: str) -> types.ModuleType:
 
 
 def _calls_of(
-    module: types.ModuleType, inputs: Inputs, metadata: Any, num_splits: Tensor | None
+    module: types.ModuleType, inputs: Inputs, metadata: Any, num_splits: Tensor | None, **options: Any
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """The decode under the name and with the arguments that FlashMLA and this package have in common."""
 
@@ -84,6 +84,7 @@ def _calls_of(
             num_splits,
             inputs.softmax_scale,
             inputs.shape.causal,
+            **options,
         )
 
     return run
@@ -92,6 +93,7 @@ def _calls_of(
 class ThisPackage(Peer):
     name = "flash_mla"
     title = "this package"
+    options: ClassVar[dict[str, Any]] = {}  # of its calls and plans
 
     def __init__(self) -> None:
         self.module = _import("flash_mla")
@@ -110,11 +112,19 @@ class ThisPackage(Peer):
         rows = shape.seqlen_q * shape.num_heads_q // shape.num_heads_kv
 
         def plan() -> tuple[Tensor, Tensor]:
-            return self.module.get_mla_decoding_metadata(inputs.cache_seqlens, rows, shape.num_heads_kv)
+            return self.module.get_mla_decoding_metadata(inputs.cache_seqlens, rows, shape.num_heads_kv, **self.options)
 
         metadata, num_splits = plan()
 
-        return Decoder(_calls_of(self.module, inputs, metadata, num_splits), lambda result: result, plan)
+        return Decoder(
+            _calls_of(self.module, inputs, metadata, num_splits, **self.options), lambda result: result, plan
+        )
+
+
+class BatchInvariant(ThisPackage):
+    name = "flash_mla_batch_invariant"
+    title = "batch-invariant"
+    options: ClassVar[dict[str, Any]] = {"enable_batch_invariant": True}
 
 
 class FlashMla(Peer):
@@ -347,9 +357,9 @@ class PlainTorch(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (ThisPackage, FlashMla, FlashInfer, FlashAttention3, PlainTorch)
+    peer.name: peer for peer in (ThisPackage, BatchInvariant, FlashMla, FlashInfer, FlashAttention3, PlainTorch)
 }
-DEFAULT_PEERS = [name for name in PEERS if name != PlainTorch.name]
+DEFAULT_PEERS = [name for name in PEERS if name not in (PlainTorch.name, BatchInvariant.name)]
 
 
 def load_peers(names: Iterable[str]) -> tuple[list[Peer], dict[str, str]]:

@@ -14,9 +14,10 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.model import Work, decode_work, geometric_mean
 from benchmarks.shapes import PRESETS, Shape, select_shapes
 
-OURS = "flash_mla"
+OURS, OURS_BATCH_INVARIANT = "flash_mla", "flash_mla_batch_invariant"
 TITLES = {
     "flash_mla": "this package",
+    "flash_mla_batch_invariant": "batch-invariant",
     "flashmla": "FlashMLA",
     "flashinfer": "FlashInfer",
     "fa3": "FlashAttention-3",
@@ -37,7 +38,7 @@ class Row:
         return self.peers.get(peer, {}).get(kind)
 
     def best_other_us(self, kind: str = "short_us") -> float | None:
-        times = [self.time_us(peer, kind) for peer in self.peers if peer not in (OURS, "torch")]
+        times = [self.time_us(peer, kind) for peer in self.peers if peer not in (OURS, OURS_BATCH_INVARIANT, "torch")]
         return min((time for time in times if time is not None), default=None)
 
     def speedup(self, peer: str | None, kind: str = "short_us") -> float | None:
@@ -134,7 +135,7 @@ def summary_lines(record: dict[str, Any], shapes: Sequence[Shape] | None = None)
     lines = []
     others = [name for name in peers_in(rows) if name != OURS]
     candidates: list[str | None] = [*others]
-    if len([name for name in others if name != "torch"]) > 1:
+    if len([name for name in others if name not in (OURS_BATCH_INVARIANT, "torch")]) > 1:
         candidates.append(None)
     for peer in candidates:
         texts = []

@@ -325,6 +325,22 @@ class TestDecode:
         assert out.shape == (shape.batch_size, shape.seqlen_q, shape.num_heads_q, 512) and lse is not None
         assert check_result(inputs, *decoder.result(decoder.run(0)))[1] is None
 
+    @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=names(SMALL_SHAPES))
+    def test_batch_invariant_calls_are_right(self, shape):
+        inputs = short_inputs(shape)
+        decoder = peers.BatchInvariant().prepare(inputs)
+        assert check_result(inputs, *decoder.result(decoder.run(0)))[1] is None
+        assert not torch.equal(decoder.plan()[0], peers.ThisPackage().prepare(inputs).plan()[0])
+
+    def test_batch_invariant_calls_are_timed_right_after_the_others(self):
+        assert decode.parse_options(["--batch-invariant"]).peers[:3] == [
+            "flash_mla",
+            "flash_mla_batch_invariant",
+            "flashmla",
+        ]
+        assert "flash_mla_batch_invariant" not in decode.parse_options([]).peers
+        assert decode.parse_options(["--batch-invariant", "--peers", "torch"]).peers[0] == "flash_mla_batch_invariant"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
