@@ -71,6 +71,7 @@ class FuzzCase:
     plan: Literal["lazy", "eager", "copied", "stale", "few-workers"] = "lazy"
     planned_lengths: tuple[int, ...] = ()  # of a stale plan, and of the capture of a graph
     num_workers: int = 1  # of a plan for few workers
+    batch_invariant: bool = False
     run: Literal["eager", "stream", "graph"] = "eager"
 
     @property
@@ -147,6 +148,7 @@ def fuzz_cases(draw: st.DrawFn, limits: Limits) -> FuzzCase:
         plan=plan,
         planned_lengths=planned_lengths,
         num_workers=draw(st.integers(1, 6)) if plan == "few-workers" else 1,
+        batch_invariant=draw(st.booleans()),
         run=run,
     )
 
@@ -246,13 +248,19 @@ class Decode:
             self.plan_from_outside = self.plan_eagerly(inputs.planned_seqlens)
         elif case.plan == "few-workers":
             self.plan_from_outside = plan_for_few_workers(
-                case.lengths, case.num_rows_per_head_kv, case.num_heads_kv, case.num_workers, q.device
+                case.lengths,
+                case.num_rows_per_head_kv,
+                case.num_heads_kv,
+                case.num_workers,
+                q.device,
+                case.batch_invariant,
             )
         elif case.plan == "copied":
             self.plan_from_outside = self.copy_plan(*self.plan_eagerly(inputs.cache.cache_seqlens))
 
     def plan_eagerly(self, seqlens: Tensor) -> Result:
-        return flash_mla.get_mla_decoding_metadata(seqlens, self.case.num_rows_per_head_kv, self.case.num_heads_kv)
+        counts = self.case.num_rows_per_head_kv, self.case.num_heads_kv
+        return flash_mla.get_mla_decoding_metadata(seqlens, *counts, enable_batch_invariant=self.case.batch_invariant)
 
     @staticmethod
     def copy_plan(*parts: Tensor) -> Result:
@@ -282,6 +290,7 @@ class Decode:
             softmax_scale=case.softmax_scale,
             causal=case.causal,
             out=self.out,
+            enable_batch_invariant=case.batch_invariant,
         )
 
     def problem_beside_out(self) -> str | None:
@@ -296,7 +305,13 @@ def poison_free_memory(case: FuzzCase, q: Tensor) -> None:
     """Leave NaN in memory that torch most likely hands out next: for out, the log-sum-exps and the scratch."""
     if not q.is_cuda:
         return
-    workspace = flash_mla.decode_workspace_bytes(case.num_rows_per_head_kv, case.num_heads_kv, device=q.device)
+    workspace = flash_mla.decode_workspace_bytes(
+        case.num_rows_per_head_kv,
+        case.num_heads_kv,
+        device=q.device,
+        batch_size=q.shape[0],
+        enable_batch_invariant=case.batch_invariant,
+    )
     sizes = (workspace, 2 * q.numel() // HEAD_DIM * HEAD_DIM_V, 4 * q.numel() // HEAD_DIM)
     held = [torch.full((size // 4,), float("nan"), dtype=torch.float32, device=q.device) for size in sizes]
     del held

@@ -30,8 +30,8 @@
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
 // clang-format on
-// Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment, and what a CTA has merged of it is
-// folded with what waits in scratch (segments.h).
+// Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment, and what a CTA has merged of it
+// is folded with what waits in scratch (segments.h).
 //
 // Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
 // that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
