@@ -141,7 +141,7 @@ private:
             QueryRow const at = query_row(params, piece.place, row);
             store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
         } else {
-            store_partial_row<h>(slot_row(end.slot, row), inverse_sum, outputs);
+            store_slot_row<h>(slot_row(end.slot, row), inverse_sum, outputs);
         }
     }
 
@@ -162,6 +162,17 @@ private:
                 outputs[at] = fold_outputs(x[i].x, normalized(outputs[at], inverse_sum), step.weights);
                 outputs[at + 1] = fold_outputs(x[i].y, normalized(outputs[at + 1], inverse_sum), step.weights);
             }
+        }
+    }
+
+    template <int h>
+    __device__ void store_slot_row(float* row, float inverse_sum, Outputs const& outputs) const {
+        float* const target = row + fragment_column(thread_in_warpgroup_now(), 0);
+#pragma unroll
+        for (int tile = 0; tile < kNumOutputs / 4; ++tile) {
+            *reinterpret_cast<float2*>(target + 8 * tile) =
+                float2{normalized(outputs[4 * tile + 2 * h], inverse_sum),
+                       normalized(outputs[4 * tile + 2 * h + 1], inverse_sum)};
         }
     }
 
