@@ -128,15 +128,17 @@ Tensor run(Arguments const& a, Tensor const& out) {
     int64_t const partial_rows = num_partial_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     at::DataPtr const partial =
         c10::cuda::CUDACachingAllocator::get()->allocate(partial_rows * (kHeadDimV + 1) * sizeof(float));
-    params.out_partial = static_cast<float*>(partial.get());
-    params.lse_partial = params.out_partial + partial_rows * kHeadDimV;
+    auto* const partial_words = static_cast<float*>(partial.get());
+    params.out_partial = partial_words;
+    params.scale_partial = partial_words + partial_rows * (kHeadDimV / 2);  // the dense kernel's take half of the room
+    params.lse_partial = partial_words + partial_rows * kHeadDimV;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
                                      : sm90::launch_dense_decode(params, type, stream));
-    C10_CUDA_CHECK(launch_split_kv_combine(params, type, stream));
+    C10_CUDA_CHECK(launch_split_kv_combine(params, capacity.num_sms(), type, stream));
     return lse;
 }
 

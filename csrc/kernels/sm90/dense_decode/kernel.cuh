@@ -79,32 +79,43 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
+    int const thread = threadIdx.x % 128, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    auto const role = static_cast<WarpgroupRole>(warp / 4);
+    bool const is_first_loader = warp == Traits::kFirstLoader / 32;
+    if (role != WarpgroupRole::kScores) cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
     if (threadIdx.x == 0) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
         init_barriers<Traits>(shared.barriers);
-        shared.pieces.init();
         cutlass::arch::fence_barrier_init();
     }
+    if (threadIdx.x == Traits::kFirstLoader) {
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
+        shared.pieces.init();
+    }
+    if (is_first_loader) prefetch_plan(params);
+    __syncwarp();
+    if constexpr (Traits::kClusterSize > 1) cute::cluster_arrive();
+    wait_for_previous_kernel();
+    allow_dependent_launch();
+    if (is_first_loader) BlockLoader<Traits>{params, maps, shared}.begin();
     if constexpr (Traits::kClusterSize > 1) {
-        cute::cluster_sync();
+        cute::cluster_wait();
     } else {
         __syncthreads();
     }
-    wait_for_previous_kernel();
-    allow_dependent_launch();
 
-    int const thread = threadIdx.x % 128;
-    auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
         ScoresMainloop<Traits>{params, maps, shared}.run();
     } else {
-        cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
+        if constexpr (Traits::kClusterSize > 1) cute::cluster_arrive();  // leaves the stage of the query rows too
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
-    // Nobody leaves while another CTA may still write into its shared memory.
-    if constexpr (Traits::kClusterSize > 1) cute::cluster_sync();
+    if constexpr (Traits::kClusterSize > 1) {
+        if (warp_now() != Traits::kFirstLoader / 32) cute::cluster_wait();
+        // Nobody leaves while another CTA may still write into its shared memory.
+        cute::cluster_sync();
+    }
 }
 
 }  // namespace flash_mla::sm90

@@ -47,6 +47,7 @@ struct DenseDecodeTraits {
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
     static constexpr int kNumSlots = 2;                        // of P
     static constexpr int kLookUpWarp = 1;                      // of the scores warpgroup
+    static constexpr int kFirstLoader = 128;                   // thread that begins, in the first output warpgroup
 
     // Q: the latent columns live in registers of the scores warpgroup but for the last k-step, for which these do not
     // suffice. That one and the RoPE columns are in shared memory.
@@ -93,6 +94,26 @@ struct DenseDecodeTraits {
         alignas(8) Barriers barriers;
     };
 };
+
+// The stage through which the first query rows come goes free: in all CTAs of a cluster, because copies fill it in all
+// of them.
+constexpr uint32_t kQStageBarrier = 4;
+template <typename Traits>
+__device__ void leave_q_stage() {
+    if constexpr (Traits::kClusterSize > 1) {
+        cute::cluster_arrive();
+    } else {
+        cutlass::arch::NamedBarrier::arrive(128 + 32, kQStageBarrier);
+    }
+}
+template <typename Traits>
+__device__ void wait_for_q_stage() {
+    if constexpr (Traits::kClusterSize > 1) {
+        cute::cluster_wait();
+    } else {
+        cutlass::arch::NamedBarrier::sync(128 + 32, kQStageBarrier);
+    }
+}
 
 // Where a KV block is: blocks of a CTA are counted through, across pieces. All follows from the count: a division by a
 // constant takes fewer instructions than keeping its result would take registers.

@@ -22,6 +22,12 @@ __device__ inline int thread_in_warpgroup_now() {
     return int(thread % 128);
 }
 
+__device__ inline int warp_now() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+    return int(thread / 32);
+}
+
 // What the first lane of each quad reads, for all of the quad.
 template <typename T>
 __device__ T load_for_quad(T const& source) {
@@ -81,6 +87,15 @@ __device__ inline void transpose_in_quad(uint32_t& word0, uint32_t& word1, uint3
 __device__ inline void store_matrix_x4(uint32_t shared_address, uint32_t const (&word)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address),
                  "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+}
+
+// The other way.
+__device__ inline void load_matrix_x4(uint32_t shared_address, uint32_t& word0, uint32_t& word1, uint32_t& word2,
+                                      uint32_t& word3) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(word0), "=r"(word1), "=r"(word2), "=r"(word3)
+                 : "r"(shared_address)
                  : "memory");
 }
 

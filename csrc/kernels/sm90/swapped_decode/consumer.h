@@ -514,7 +514,7 @@ private:
             for (int i = 0; i < 4; ++i) {
                 int const row = fragment_column(thread, tile) + i % 2;
                 if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
-                params.out_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV +
+                static_cast<float*>(params.out_partial)[partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV +
                                    first_column + fragment_row(thread, i / 2)] = sum[i];
             }
             return;
