@@ -135,7 +135,7 @@ def test_number_of_arguments_is_checked():
     module = extension.load_extension().module
     if not hasattr(module, "dense_decode_plain"):
         pytest.skip(f"needs the built kernels: {extension.unavailable_reason()}")
-    with pytest.raises(TypeError, match="dense_decode_plain needs 9 arguments, got 0"):
+    with pytest.raises(TypeError, match="dense_decode_plain needs 10 arguments, got 0"):
         module.dense_decode_plain()
     with pytest.raises(TypeError, match="describe_plain_call needs 2 arguments, got 1"):
         module.describe_plain_call(None)
