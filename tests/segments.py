@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -53,17 +54,16 @@ def walk(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid
                 batch, tile = batch + 1, 0
 
 
+def fold_chains(nodes: Sequence[Value], radix: int, fold: Callable[[Value, Value], Value]) -> list[Value]:
+    """The nodes above, each a chain of so many."""
+    return [functools.reduce(fold, nodes[i : i + radix]) for i in range(0, len(nodes), radix)]
+
+
 def tree_of(values: Sequence[Value], fold: Callable[[Value, Value], Value]) -> Value:
     """The sum of all segments of a tile, straight from its definition."""
     nodes = list(values)
     for radix in radices_of(len(values)):
-        chains = [nodes[i : i + radix] for i in range(0, len(nodes), radix)]
-        nodes = []
-        for first, *others in chains:
-            value = first
-            for other in others:
-                value = fold(value, other)
-            nodes.append(value)
+        nodes = fold_chains(nodes, radix, fold)
     (root,) = nodes
     return root
 
@@ -121,13 +121,8 @@ def fold_by_workers(
         nodes = [granule_slots[batch, tile, granule] for granule in range(granules)]
         for level in range(num_levels, FOLD_LEVELS):
             radix = radices_of(num_segments)[level]
-            chains = [nodes[i : i + radix] for i in range(0, len(nodes), radix)]
-            nodes = []
-            for first, *others in chains:
-                value = first
-                for other in others:
-                    value = fold(value, other)
-                    ways.add(f"combine at level {level}")
-                nodes.append(value)
+            nodes = fold_chains(nodes, radix, fold)
+            if radix > 1:
+                ways.add(f"combine at level {level}")
         (results[batch, tile],) = nodes
     return results, ways
