@@ -116,18 +116,16 @@ def dense_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> Wo
     )
 
 
-def swapped_grid(
-    num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
+def _swapped_rows_per_tile(num_rows_per_head_kv: int) -> int:
+    return _FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS
+
+
+def _swapped_grid_of(
+    split_ctas: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """Tiles of 16 or 32 rows, all of a request side by side. A request gets as large a cluster as leaves one for every
-    other request."""
-    rows_per_tile = _FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS
+    """Tiles of 16 or 32 rows, all of a request side by side, with clusters of a given size."""
+    rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
     num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
-    split_ctas = 1
-    for size in _SPLIT_CTAS[rows_per_tile]:
-        if capacity.num_clusters[size] // num_lanes >= num_requests:
-            split_ctas = size
-            break
     return WorkerGrid(
         num_lanes=num_lanes,
         num_workers=capacity.num_clusters[split_ctas] // num_lanes,
@@ -138,6 +136,20 @@ def swapped_grid(
         split_overhead_blocks=SWAPPED_SPLIT_OVERHEAD * split_ctas,
         min_blocks_per_split=SWAPPED_MIN_SPLIT * split_ctas,
     )
+
+
+def swapped_grid(
+    num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
+) -> WorkerGrid:
+    """A request gets as large a cluster as leaves one for every other request."""
+    rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
+    num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
+    split_ctas = 1
+    for size in _SPLIT_CTAS[rows_per_tile]:
+        if capacity.num_clusters[size] // num_lanes >= num_requests:
+            split_ctas = size
+            break
+    return _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
 
 
 def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity) -> WorkerGrid:
@@ -177,16 +189,7 @@ def invariant_grid(
     values there is room for."""
     if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
         split_ctas = INVARIANT_SPLIT_CTAS if capacity.num_clusters[INVARIANT_SPLIT_CTAS] > 0 else 1
-        grid = WorkerGrid(
-            num_lanes=1,
-            num_workers=capacity.num_clusters[split_ctas],
-            tiles_per_request=num_heads_kv,
-            lane_groups=1,
-            rows_per_tile=_FEW_ROWS if num_rows_per_head_kv <= _FEW_ROWS else _MORE_ROWS,
-            split_ctas=split_ctas,
-            split_overhead_blocks=SWAPPED_SPLIT_OVERHEAD * split_ctas,
-            min_blocks_per_split=SWAPPED_MIN_SPLIT * split_ctas,
-        )
+        grid = _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
     else:
         grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
     for num_granules in NUM_GRANULES:

@@ -2,6 +2,8 @@
 // token by token; tiles are 64 of them, and a tile of the plan has one such per lane.
 #pragma once
 
+#include <cmath>
+
 #include "params/dense_decode.h"
 
 namespace flash_mla {
@@ -31,6 +33,11 @@ constexpr int64_t out_offset(DenseDecodeParams const& params, int batch, QueryRo
 }
 constexpr int64_t lse_offset(DenseDecodeParams const& params, int batch, QueryRow const& at) {
     return (int64_t(batch) * params.num_heads_q + at.head_q) * params.seqlen_q + at.token;
+}
+// What lse holds for a row with this log2-sum-exp2, -inf if it saw no key.
+constexpr float natural_lse(float log2_sum) {
+    constexpr float kLn2 = 0.693147180559945309417f;
+    return log2_sum == -INFINITY ? INFINITY : log2_sum * kLn2;
 }
 constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int row_in_tile, int rows_per_tile) {
     return int64_t(slot * grid.num_lanes + lane) * rows_per_tile + row_in_tile;

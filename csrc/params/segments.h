@@ -107,9 +107,11 @@ inline constexpr int kFoldStepFloats = 4;
 constexpr int num_fold_steps(WorkerGrid const& grid) {
     return grid.is_swapped() ? 0 : grid.num_workers * grid.num_lanes * (kFoldLevels + 1) * kBlockM;
 }
+constexpr DecodeScratch invariant_scratch(WorkerGrid const& grid, int64_t batch_size) {
+    return {num_slots(grid, batch_size) * grid.rows_per_tile, num_fold_steps(grid) * kFoldStepFloats};
+}
 constexpr int64_t invariant_scratch_bytes(WorkerGrid const& grid, int64_t batch_size) {
-    return 4 * (num_slots(grid, batch_size) * grid.rows_per_tile * (kHeadDimV + 1) +
-                num_fold_steps(grid) * kFoldStepFloats);
+    return invariant_scratch(grid, batch_size).bytes();
 }
 
 constexpr int granule_slot(WorkerGrid const& grid, int head_kv_of_batch, int m_tile, int granule) {
@@ -124,15 +126,7 @@ constexpr WorkerGrid invariant_grid(int batch_size, int num_rows_per_head_kv, in
     WorkerGrid grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     if (num_rows_per_head_kv <= kMaxSwappedRows) {
         int const split_ctas = capacity.num_clusters[kInvariantSplitCtas] > 0 ? kInvariantSplitCtas : 1;
-        int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
-        grid = {1,
-                capacity.num_clusters[split_ctas],
-                num_heads_kv,
-                1,
-                rows_per_tile,
-                split_ctas,
-                kSwappedSplitOverhead * split_ctas,
-                kSwappedMinSplit * split_ctas};
+        grid = swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
     }
     constexpr int kNumGranules[] = {64, 8, 2, 1};
     for (int const num_granules : kNumGranules) {

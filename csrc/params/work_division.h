@@ -31,6 +31,8 @@ inline constexpr int kSwappedSplitOverhead = 2;
 inline constexpr int kSwappedMinSplit = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// KV blocks of a request with so many tokens, from 0 on.
+constexpr int num_blocks_of(int seqlen) { return seqlen / kPageSize + (seqlen % kPageSize != 0); }
 
 // CTAs that a GPU runs at once, one per SM: how many clusters of each size. A cluster has its SMs in one part of the
 // GPU, so that the larger they are, the more SMs stay idle.
@@ -72,18 +74,12 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
     return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, kDenseSplitOverhead, kDenseMinSplit};
 }
 
-// Tiles of 16 or 32 rows, all of a request side by side. A request gets as large a cluster as leaves one for every
-// other request. The results of 8 column chunks are merged by all CTAs of a cluster; with 16 rows there is room for
-// uneven shares too.
-constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
-                                  ClusterCapacity const& capacity) {
-    int const rows_per_tile = num_rows_per_head_kv <= 16 ? 16 : 32;
+// Tiles of 16 or 32 rows, all of a request side by side, with clusters of a given size.
+constexpr int swapped_rows_per_tile(int num_rows_per_head_kv) { return num_rows_per_head_kv <= 16 ? 16 : 32; }
+constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, int num_heads_kv,
+                                     ClusterCapacity const& capacity) {
+    int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
     int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
-    int split_ctas = 1;
-    for (int size = 2; size <= kMaxSplitCtas; ++size) {
-        bool const is_possible = size == 2 || size == 4 || size == 8 || (rows_per_tile == 16 && size % 3 == 0);
-        if (is_possible && capacity.num_clusters[size] / lanes >= num_requests) split_ctas = size;
-    }
     return {lanes,
             capacity.num_clusters[split_ctas] / lanes,
             num_heads_kv,
@@ -92,6 +88,20 @@ constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv
             split_ctas,
             kSwappedSplitOverhead * split_ctas,
             kSwappedMinSplit * split_ctas};
+}
+
+// A request gets as large a cluster as leaves one for every other request. The results of 8 column chunks are merged by
+// all CTAs of a cluster; with 16 rows there is room for uneven shares too.
+constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
+                                  ClusterCapacity const& capacity) {
+    int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
+    int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
+    int split_ctas = 1;
+    for (int size = 2; size <= kMaxSplitCtas; ++size) {
+        bool const is_possible = size == 2 || size == 4 || size == 8 || (rows_per_tile == 16 && size % 3 == 0);
+        if (is_possible && capacity.num_clusters[size] / lanes >= num_requests) split_ctas = size;
+    }
+    return swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
 }
 
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
@@ -113,6 +123,13 @@ constexpr int64_t num_partial_rows(int num_rows_per_head_kv, int num_heads_kv, i
     WorkerGrid const grid = dense_grid(num_rows_per_head_kv, num_heads_kv, num_sms);
     return int64_t(2) * grid.num_workers * grid.num_lanes * kBlockM;
 }
+
+// Scratch of a decode: rows of partial results, each with its log2-sum-exp2, and floats for what else is left there.
+struct DecodeScratch {
+    int64_t rows, more_floats;
+
+    constexpr int64_t bytes() const { return (rows * (kHeadDimV + 1) + more_floats) * int64_t(sizeof(float)); }
+};
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.
 constexpr int cluster_size(WorkerGrid const& grid) { return grid.num_lanes % 2 == 0 ? 2 : 1; }

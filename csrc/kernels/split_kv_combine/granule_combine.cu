@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     int const m_tile = blockIdx.x, head_kv_of_batch = blockIdx.y;
     int const batch = head_kv_of_batch / params.num_heads_kv;
     int const head_kv = head_kv_of_batch - batch * params.num_heads_kv;
-    int const seqlen = max(params.cache_seqlens[batch], 0);
-    int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
+    int const num_blocks = num_blocks_of(max(params.cache_seqlens[batch], 0));
     int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(grid.rows_per_tile));
     if (segment_bits == 0) return;
 
@@ -78,9 +77,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
     }
     if (!exists) return;
     if (thread == 0) {
-        constexpr float kLn2 = 0.693147180559945309417f;
-        float const log2_sum = folds.log2_sum[0];
-        params.lse[lse_offset(params, batch, at)] = log2_sum == -INFINITY ? INFINITY : log2_sum * kLn2;
+        params.lse[lse_offset(params, batch, at)] = natural_lse(folds.log2_sum[0]);
     }
 
     Element* const out_row = static_cast<Element*>(params.out) + out_offset(params, batch, at);

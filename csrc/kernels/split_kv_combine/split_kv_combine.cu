@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
         __syncwarp();
         float const lse = merge_weights(weight, num_pieces);
         if (thread == 0) {
-            constexpr float kLn2 = 0.693147180559945309417f;
-            params.lse[lse_offset(params, row.end_batch, at)] = lse == -INFINITY ? INFINITY : lse * kLn2;
+            params.lse[lse_offset(params, row.end_batch, at)] = natural_lse(lse);
         }
     }
     __syncthreads();

@@ -47,7 +47,7 @@ public:
 private:
     __device__ void enter_next_piece(DenseDecodeParams const& params, PieceQueue& queue) {
         Piece& piece = queue.next();
-        if (!pieces_.next_with_keys(params, piece)) {
+        if (!next_with_keys(pieces_, params, piece)) {
             piece.batch = Piece::kEnd;
             head_kv_ = LoadOrder::kNothing;
         } else {

@@ -244,8 +244,7 @@ private:
         if (!fold.ends_tile) {
             *slot_log2_sum(params, end_slot, row) = log2_sum;
         } else if (at.exists) {
-            constexpr float kLn2 = 0.693147180559945309417f;
-            params.lse[lse_offset(params, piece.batch, at)] = log2_sum == -INFINITY ? INFINITY : log2_sum * kLn2;
+            params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum);
         }
     }
 

@@ -35,6 +35,20 @@ struct Piece {
     __device__ bool is_empty() const { return begin_block >= end_block; }
 };
 
+// This worker's row of the plan, in two halves.
+__device__ inline int4 const* row_words(DenseDecodeParams const& params) {
+    return reinterpret_cast<int4 const*>(params.metadata + worker_now());
+}
+
+// The next piece that has keys.
+template <typename Cursor>
+__device__ bool next_with_keys(Cursor& pieces, DenseDecodeParams const& params, Piece& piece) {
+    while (pieces.next(params, piece)) {
+        if (!piece.is_empty()) return true;
+    }
+    return false;
+}
+
 // Runs through the pieces in order. Lengths are read here and now: the plan only divides, so one made for other lengths
 // still gives right results.
 //
@@ -65,7 +79,7 @@ public:
             bool const continued = index_ == 0 && row.begin_block > 0;
             bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
             int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
-            int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
+            int const num_blocks = num_blocks_of(seqlen);
             piece.batch = batch_;
             piece.place = tile_place(grid, tile_, lane);
             piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
@@ -83,19 +97,7 @@ public:
         }
     }
 
-    // The next piece that has keys.
-    __device__ bool next_with_keys(DenseDecodeParams const& params, Piece& piece) {
-        while (next(params, piece)) {
-            if (!piece.is_empty()) return true;
-        }
-        return false;
-    }
-
 private:
-    __device__ static int4 const* row_words(DenseDecodeParams const& params) {
-        return reinterpret_cast<int4 const*>(params.metadata + worker_now());
-    }
-
     int batch_, tile_, index_;
 };
 

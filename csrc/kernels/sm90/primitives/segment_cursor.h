@@ -37,7 +37,7 @@ public:
             if (batch_ >= params.batch_size || tile_ >= grid.tiles_per_request) return false;
 
             int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
-            int const num_blocks = seqlen / kPageSize + (seqlen % kPageSize != 0);
+            int const num_blocks = num_blocks_of(seqlen);
             int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(kRowsPerTile));
             // Minima for plans that are not of this kind.
             int const begin_place = index_ == 0 ? min(begin.z, kMaxSegments) : 0;
@@ -61,14 +61,6 @@ public:
         }
     }
 
-    // The next one that has keys.
-    __device__ bool next_with_keys(DenseDecodeParams const& params, Piece& piece) {
-        while (next(params, piece)) {
-            if (!piece.is_empty()) return true;
-        }
-        return false;
-    }
-
 private:
     __device__ void enter_next_tile(WorkerGrid const& grid) {
         segment_ = 0;
@@ -77,9 +69,6 @@ private:
             tile_ = 0;
             ++batch_;
         }
-    }
-    __device__ static int4 const* row_words(DenseDecodeParams const& params) {
-        return reinterpret_cast<int4 const*>(params.metadata + worker_now());
     }
 
     int batch_, tile_, index_, segment_;
@@ -99,8 +88,7 @@ struct SegmentFold {
     __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, int rows_per_tile) {
         WorkerGrid const& grid = params.grid;
         int const num_granules = num_granules_now(grid), num_levels = levels_in_granule(num_granules);
-        int const num_blocks = piece.seqlen / kPageSize + (piece.seqlen % kPageSize != 0);
-        int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(rows_per_tile));
+        int const segment_bits = segment_bits_of(num_blocks_of(piece.seqlen), min_segment_blocks(rows_per_tile));
         int const segment = piece.is_partial() ? piece.slot : 0;
         int const granule = segment >> (segment_bits - granule_bits_of(num_granules, segment_bits));
         int const lane = lane_now();

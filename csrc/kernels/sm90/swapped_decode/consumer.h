@@ -26,7 +26,6 @@ struct SwappedConsumer {
     static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
     static constexpr int kOwnScores = 4 * kOwnRowTiles;
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
-    static constexpr float kLn2 = 0.693147180559945309417f;
 
     DenseDecodeParams const& params;
     SharedStorage& shared;
@@ -570,7 +569,8 @@ private:
         if (end_level < kFoldLevels) shared.waiting_log2_sum[end_level][row] = log2_sum;
         if (rank != 0) return;
         if (fold.ends_tile) {
-            store_final_lse(piece, query_row_of(piece, row), log2_sum);
+            QueryRow const at = query_row_of(piece, row);
+            if (at.exists) params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum);
         } else if (fold.waits_in_granule_slot(end_level)) {
             params.lse_partial[fold.granule_slot * kRows + row] = log2_sum;
         }
@@ -629,12 +629,8 @@ private:
         if (piece.is_partial()) {
             params.lse_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows)] = lse_log2;
         } else {
-            store_final_lse(piece, at, lse_log2);
+            params.lse[lse_offset(params, piece.batch, at)] = natural_lse(lse_log2);
         }
-    }
-    __device__ void store_final_lse(Piece const& piece, QueryRow const& at, float lse_log2) const {
-        if (!at.exists) return;
-        params.lse[lse_offset(params, piece.batch, at)] = lse_log2 == kMinusInfinity ? INFINITY : lse_log2 * kLn2;
     }
 
     __device__ void write_empty(Piece const& piece) const {

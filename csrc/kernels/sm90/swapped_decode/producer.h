@@ -19,7 +19,7 @@ struct SwappedProducer {
     __device__ void run() {
         typename Traits::Pieces pieces(params);
         Piece piece;
-        while (pieces.next_with_keys(params, piece)) load(piece);
+        while (next_with_keys(pieces, params, piece)) load(piece);
     }
 
 private:
