@@ -104,21 +104,30 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
     return params;
 }
 
-// Rows of partial results, and floats for what else is left there.
-struct Scratch {
-    int64_t rows, more_floats;
-
-    size_t bytes() const { return (rows * (kHeadDimV + 1) + more_floats) * sizeof(float); }
-};
-Scratch scratch_of(WorkerGrid const& grid, int64_t batch_size, int num_rows_per_head_kv, int num_heads_kv,
-                   int num_sms) {
-    if (!grid.is_invariant()) return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms), 0};
-    return {num_slots(grid, batch_size) * grid.rows_per_tile, num_fold_steps(grid) * kFoldStepFloats};
+DecodeScratch scratch_of(WorkerGrid const& grid, int64_t batch_size, int num_rows_per_head_kv, int num_heads_kv,
+                         int num_sms) {
+    if (grid.is_invariant()) return invariant_scratch(grid, batch_size);
+    return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms), 0};
 }
 
 // What at::empty comes to on a GPU, without the two dispatches on the way.
 Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
     return Tensor(at::detail::empty_cuda(sizes, type, device, std::nullopt));
+}
+
+template <ElementType kType, Summation kSummation>
+cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
+    return params.grid.is_swapped() ? sm90::launch_swapped_decode<kType, kSummation>(params, stream)
+                                    : sm90::launch_dense_decode<kType, kSummation>(params, stream);
+}
+template <ElementType kType>
+cudaError_t launch_for_type(DenseDecodeParams const& params, cudaStream_t stream) {
+    return params.grid.is_invariant() ? launch_variant<kType, Summation::kBySegments>(params, stream)
+                                      : launch_variant<kType, Summation::kByWorkers>(params, stream);
+}
+cudaError_t launch_decode(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
+    return type == ElementType::kBFloat16 ? launch_for_type<ElementType::kBFloat16>(params, stream)
+                                          : launch_for_type<ElementType::kFloat16>(params, stream);
 }
 
 Tensor run(Arguments const& a, Tensor const& out) {
@@ -139,7 +148,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.out_head_stride = stride_of(out, 2);
     params.lse = lse.mutable_data_ptr<float>();
 
-    Scratch const scratch = scratch_of(grid, a.q.size(0), num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    DecodeScratch const scratch = scratch_of(grid, a.q.size(0), num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     at::DataPtr const partial = c10::cuda::CUDACachingAllocator::get()->allocate(scratch.bytes());
     params.out_partial = static_cast<float*>(partial.get());
     params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
@@ -148,8 +157,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-    C10_CUDA_CHECK(grid.is_swapped() ? sm90::launch_swapped_decode(params, type, stream)
-                                     : sm90::launch_dense_decode(params, type, stream));
+    C10_CUDA_CHECK(launch_decode(params, type, stream));
     C10_CUDA_CHECK(grid.is_invariant() ? launch_granule_combine(params, type, stream)
                                        : launch_split_kv_combine(params, type, stream));
     return lse;

@@ -3,6 +3,7 @@
 
 #include "kernels/sm90/dense_decode/dense_decode.h"
 #include "kernels/sm90/dense_decode/kernel.cuh"
+#include "kernels/sm90/primitives/element_type.h"
 #include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
 
@@ -29,8 +30,9 @@ cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream)
     return cudaLaunchKernelEx(&config, dense_decode_kernel<Traits>, params, maps);
 }
 
-template <typename Element, Summation kSummation>
-cudaError_t launch_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
+template <ElementType kType, Summation kSummation>
+cudaError_t launch_dense_decode(DenseDecodeParams const& params, cudaStream_t stream) {
+    using Element = ElementOf<kType>;
     return cluster_size(params.grid) == 2 ? launch_variant<DenseDecodeTraits<Element, 2, kSummation>>(params, stream)
                                           : launch_variant<DenseDecodeTraits<Element, 1, kSummation>>(params, stream);
 }

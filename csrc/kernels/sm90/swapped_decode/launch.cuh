@@ -1,6 +1,7 @@
 // Host side of the swapped decode: picks the variant, describes the cache to the copy engine, launches.
 #pragma once
 
+#include "kernels/sm90/primitives/element_type.h"
 #include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
 #include "kernels/sm90/swapped_decode/kernel.cuh"
@@ -48,8 +49,9 @@ cudaError_t count_clusters(int* num_clusters, int split_ctas) {
     return cudaOccupancyMaxActiveClusters(num_clusters, swapped_decode_kernel<Traits>, &config);
 }
 
-template <typename Element, Summation kSummation>
-cudaError_t launch_swapped_for_element(DenseDecodeParams const& params, cudaStream_t stream) {
+template <ElementType kType, Summation kSummation>
+cudaError_t launch_swapped_decode(DenseDecodeParams const& params, cudaStream_t stream) {
+    using Element = ElementOf<kType>;
     return params.grid.rows_per_tile == 16
                ? launch_swapped_variant<SwappedDecodeTraits<Element, 16, kSummation>>(params, stream)
                : launch_swapped_variant<SwappedDecodeTraits<Element, 32, kSummation>>(params, stream);

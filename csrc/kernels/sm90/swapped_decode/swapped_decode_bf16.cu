@@ -2,11 +2,8 @@
 
 namespace flash_mla::sm90 {
 
-template <>
-cudaError_t launch_swapped_decode<ElementType::kBFloat16, Summation::kByWorkers>(DenseDecodeParams const& params,
-                                                                                 cudaStream_t stream) {
-    return launch_swapped_for_element<cutlass::bfloat16_t, Summation::kByWorkers>(params, stream);
-}
+template cudaError_t launch_swapped_decode<ElementType::kBFloat16, Summation::kByWorkers>(DenseDecodeParams const&,
+                                                                                          cudaStream_t);
 
 cudaError_t ask_cluster_capacity(ClusterCapacity* capacity) {
     for (int size = 1; size <= kMaxSplitCtas; ++size) {
