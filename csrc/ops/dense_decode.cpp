@@ -151,6 +151,8 @@ Tensor run(Arguments const& a, Tensor const& out) {
     DecodeScratch const scratch = scratch_of(grid, a.q.size(0), num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     at::DataPtr const partial = c10::cuda::CUDACachingAllocator::get()->allocate(scratch.bytes());
     params.out_partial = static_cast<float*>(partial.get());
+    params.packed_partial = params.out_partial;
+    params.scale_partial = params.out_partial + scratch.rows * (kHeadDimV / 2);
     params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
     params.fold_steps = params.lse_partial + scratch.rows;
 
@@ -159,7 +161,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(launch_decode(params, type, stream));
     C10_CUDA_CHECK(grid.is_invariant() ? launch_granule_combine(params, type, stream)
-                                       : launch_split_kv_combine(params, type, stream));
+                                       : launch_split_kv_combine(params, capacity.num_sms(), type, stream));
     return lse;
 }
 

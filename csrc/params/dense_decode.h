@@ -18,8 +18,12 @@ struct DenseDecodeParams {
     WorkerRow const* metadata;  // (num_workers,)
     void* out;                  // (batch_size, seqlen_q, num_heads_q, 512)
     float* lse;                 // (batch_size, num_heads_q, seqlen_q), natural log
-    float* out_partial;         // (num_partial_slots, num_lanes, 64, 512)
-    float* lse_partial;         // (num_partial_slots, num_lanes, 64), log2
+    // Partial results, of (num_partial_slots, num_lanes, rows_per_tile) rows.
+    float* out_partial;    // (rows, 512)
+    void* packed_partial;  // in the same place, boxes of 16 bits (query_rows.h): what the dense kernel leaves to a
+                           // combine
+    float* scale_partial;  // (rows, 8): what these are multiplied with
+    float* lse_partial;    // (rows,), log2
 
     int64_t q_batch_stride, q_token_stride, q_head_stride;
     int64_t k_block_stride, k_token_stride, k_head_stride;

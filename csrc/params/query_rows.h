@@ -43,4 +43,17 @@ constexpr int64_t partial_row(WorkerGrid const& grid, int slot, int lane, int ro
     return int64_t(slot * grid.num_lanes + lane) * rows_per_tile + row_in_tile;
 }
 
+// Partial outputs of the dense kernel, as its threads hold them: boxes of 8 rows and 32 columns, a quad for each row,
+// and of each thread 8 numbers: the pairs of columns 8·i + 2·j, for its number j in the quad and i from 0 to 3. They
+// are 16-bit floating point numbers, times a power of two for all that a thread has of a row: of each half of the
+// columns, then.
+inline constexpr int kBoxRows = 8, kBoxColumns = 32, kBoxThreads = 32, kNumbersPerThread = 8;
+inline constexpr int kScalesPerRow = 8;
+
+constexpr int box_offset(int row, int column) {  // in numbers, from the begin of the tile to a box
+    int const box = row / kBoxRows * (kHeadDimV / kBoxColumns) + column / kBoxColumns;
+    return box * kBoxThreads * kNumbersPerThread;
+}
+constexpr int scale_of(int column, int j) { return column / (kHeadDimV / 2) * 4 + j; }  // of those of the row
+
 }  // namespace flash_mla

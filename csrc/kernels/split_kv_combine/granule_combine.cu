@@ -88,9 +88,8 @@ __global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
 #pragma unroll
         for (int i = 0; i < kGranulesAtOnce; ++i) {
             if (first + i >= num_granules) continue;
-            auto const* const source = reinterpret_cast<float4 const*>(static_cast<float const*>(params.out_partial) +
-                                                                       row_of(first + i) * kHeadDimV) +
-                                       thread;
+            auto const* const source =
+                reinterpret_cast<float4 const*>(params.out_partial + row_of(first + i) * kHeadDimV) + thread;
 #pragma unroll
             for (int v = 0; v < kVectorsPerThread; ++v) loaded[i][v] = source[v * kThreadsPerRow];
         }

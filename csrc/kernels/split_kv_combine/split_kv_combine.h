@@ -8,6 +8,7 @@
 namespace flash_mla {
 
 // Follows the decode kernel in the same stream.
-cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream);
+cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms, ElementType type,
+                                    cudaStream_t stream);
 
 }  // namespace flash_mla

@@ -30,7 +30,8 @@
 //                                                           the RoPE columns are multiplied
 //   p_consumed[slot]     the quads of output                scores, before they store P or rescale factors
 //   consumed[stage][h]   4 warps of the output half h, of   who copies that half
-//                        every CTA
+//                        every CTA; at first of scores,
+//                        for the query rows in the last stage
 //   stats_full           the quads of scores                output
 //   stats_empty          the quads of output                scores
 //   pieces.full[i]       who looks up pages                 scores, output
@@ -79,28 +80,35 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
+    int const thread = threadIdx.x % 128, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    auto const role = static_cast<WarpgroupRole>(warp / 4);
+    bool const is_first_loader = warp == Traits::kFirstLoader / 32;
+    if (role != WarpgroupRole::kScores) cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
     if (threadIdx.x == 0) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
         init_barriers<Traits>(shared.barriers);
-        shared.pieces.init();
         cutlass::arch::fence_barrier_init();
     }
+    if (threadIdx.x == Traits::kFirstLoader) {
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
+        shared.pieces.init();
+    }
+    if (is_first_loader) prefetch_plan(params);
+    __syncwarp();
+    if constexpr (Traits::kClusterSize > 1) cute::cluster_arrive();
+    wait_for_previous_kernel();
+    allow_dependent_launch();
+    if (is_first_loader) BlockLoader<Traits>{params, maps, shared}.begin();
     if constexpr (Traits::kClusterSize > 1) {
-        cute::cluster_sync();
+        cute::cluster_wait();
     } else {
         __syncthreads();
     }
-    wait_for_previous_kernel();
-    allow_dependent_launch();
 
-    int const thread = threadIdx.x % 128;
-    auto const role = static_cast<WarpgroupRole>(__shfl_sync(~0u, threadIdx.x / 128, 0));
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
         ScoresMainloop<Traits>{params, maps, shared}.run();
     } else {
-        cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
     // Nobody leaves while another CTA may still write into its shared memory.

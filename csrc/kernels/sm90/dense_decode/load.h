@@ -38,34 +38,35 @@ struct BlockLoader {
     KMaps const& maps;
     typename Traits::SharedStorage& shared;
 
-    // By one warp, which alone looks up pages. Calls load_q once the first block is on its way, so that the query rows
-    // do not have to queue behind all the others.
-    template <typename LoadQ>
-    __device__ void load_first_blocks(LoadQ&& load_q) const {
-        constexpr int kLoadingThread = Traits::kLookUpWarp * 32;
-        bool const is_loading_warp = thread_in_warpgroup_now() / 32 == Traits::kLookUpWarp;
-        bool const is_loading_thread = thread_in_warpgroup_now() == kLoadingThread;
-        if (is_loading_warp) {
-            if (is_loading_thread) shared.loads.begin(params);
+    // The first blocks are loaded by the first warp of an output warpgroup, which has nothing else to do yet: it looks
+    // up the first one before the cluster is known to be there, and loads the last one into the stage through which the
+    // query rows came (QRegisters::load_staged). Who looks up pages from then on has seen the RoPE columns of the first
+    // block arrive, which come last.
+    __device__ void begin() const {
+        if (thread_in_warpgroup_now() == 0) shared.loads.begin(params);
+        look_up({0}, false);
+        cute::cp_async_wait<0>();
+    }
+    __device__ void load_first_blocks() const {
+        bool const is_loading_thread = thread_in_warpgroup_now() == 0;
+        if (is_loading_thread) load_own_halves({0});
 #pragma unroll 1
-            for (uint32_t block = 0; block < Traits::kNumStages; ++block) look_up({block}, block > 0);
+        for (uint32_t block = 1; block < Traits::kNumStages; ++block) {
+            look_up({block});
             cute::cp_async_wait<0>();
-            if (is_loading_thread) {
-                load_rope({0});
-                load_own_halves({0});
-            }
+            if (is_loading_thread && block + 1 < Traits::kNumStages) load_own_halves({block});
         }
-        load_q();
-        if (!is_loading_warp) return;
         if (is_loading_thread) {
-#pragma unroll 1
-            for (uint32_t block = 1; block < Traits::kNumStages; ++block) load_own_halves({block});
+            load_rope({0});
+            for (int half = 0; half < 2; ++half) {
+                if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
+            }
         }
         __syncwarp();
     }
 
-    // By the same warp. The query rows of the piece that begins with the block are fetched into the L2, unless they are
-    // loaded right away.
+    // By one warp at a time. The query rows of the piece that begins with the block are fetched into the L2, unless
+    // they are loaded right away.
     __device__ void look_up(BlockPosition<Traits> const& block, bool fetches_q = true) const {
         int const lane = thread_in_warpgroup_now() % 32;
         bool enters_piece = false;
@@ -90,14 +91,14 @@ struct BlockLoader {
                                      rope_column(), 0, order.head_kv, order.page);
     }
 
-    // Fills half of a stage anew once the whole cluster has consumed it. By one thread of the CTA that copies this
+    // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies this
     // half.
-    __device__ void refill_half(BlockPosition<Traits> const& freed, int half) const {
-        shared.barriers.consumed[freed.stage()][half].wait(freed.stage_phase());
-        load_half(freed.later(Traits::kNumStages), half);
+    __device__ void fill_half(BlockPosition<Traits> const& block, int half) const {
+        shared.barriers.consumed[block.stage()][half].wait(block.consumed_phase());
+        load_half(block, half);
     }
     // In a cluster each CTA copies one half for both.
-    __device__ static bool copies_half(int half) { return Traits::kClusterSize == 1 || half == rank(); }
+    __device__ static bool copies_half(int half) { return Traits::kClusterSize == 1 || half == Traits::rank(); }
 
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
@@ -108,8 +109,6 @@ private:
             if (copies_half(half)) load_half(block, half);
         }
     }
-
-    __device__ static int rank() { return Traits::kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.
     __device__ uint64_t cache_hint() const {
@@ -187,6 +186,56 @@ struct QRegisters {
             word[4 * step] = loaded.x, word[4 * step + 1] = loaded.y;
             word[4 * step + 2] = loaded.z, word[4 * step + 3] = loaded.w;
         }
+    }
+
+    // All of the query rows, the latent columns by way of a stage of 1024 bytes per row: faster where nothing is in the
+    // L2 yet, because lines are asked for whole. Each warp brings the 16 rows it needs.
+    __device__ static void stage(DenseDecodeParams const& params, typename Traits::SharedStorage& shared,
+                                 Piece const& piece) {
+        using Element = typename Traits::Element;
+        constexpr int kPieces = kHeadDimV * sizeof(Element) / 16;  // of 16 bytes
+        int const thread = thread_in_warpgroup_now(), lane = thread % 32, first_row = thread / 32 * 16;
+        auto const copy = [](uint32_t target, char const* source) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(source) : "memory");
+        };
+        auto const source = reinterpret_cast<uint64_t>(q_row<Element>(params, piece, first_row + lane % 16));
+#pragma unroll 2
+        for (int i = 0; i < 16; ++i) {
+            auto const* const from = reinterpret_cast<char const*>(__shfl_sync(~0u, source, i));
+            int const row = first_row + i;
+            copy(staged(shared, row, lane), from + lane * 16);
+            copy(staged(shared, row, lane + 32), from + (lane + 32) * 16);
+            if (lane < 8) {
+                copy(cute::cast_smem_ptr_to_uint(shared.q_rope) + row * 128 + (lane ^ row % 8) * 16,
+                     from + (kPieces + lane) * 16);
+            } else if (lane < 10) {
+                copy(cute::cast_smem_ptr_to_uint(shared.q_last_step) + row * 32 + (lane % 2 ^ row / 4 % 2) * 16,
+                     from + (kPieces - 2 + lane % 2) * 16);
+            }
+        }
+        cute::cp_async_fence();
+    }
+    __device__ void load_staged(typename Traits::SharedStorage& shared) {
+        int const thread = thread_in_warpgroup_now(), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
+        cute::cp_async_wait<0>();
+        __syncwarp();
+#pragma unroll
+        for (int step = 0; step < kNumSteps; ++step) {
+            load_matrix_x4(staged(shared, row, 2 * step + lane / 16), word[4 * step], word[4 * step + 1],
+                           word[4 * step + 2], word[4 * step + 3]);
+        }
+        // Copies come to where these rows were.
+        cutlass::arch::fence_view_async_shared();
+        __syncwarp();
+        if (lane != 0) return;
+        for (int half = 0; half < 2; ++half) shared.barriers.announce_consumed(Traits::kNumStages - 1, half);
+    }
+
+    // Where 16 bytes of a row are staged, so that reading them of 8 rows at once meets each bank once.
+    __device__ static uint32_t staged(typename Traits::SharedStorage& shared, int row, int piece_of_row) {
+        constexpr int kRowBytes = kHeadDimV * sizeof(typename Traits::Element);
+        return cute::cast_smem_ptr_to_uint(shared.latent[Traits::kNumStages - 1]) + row * kRowBytes +
+               (piece_of_row ^ row % 8) * 16;
     }
 
     __device__ void finish() {

@@ -24,6 +24,7 @@ public:
         pieces_ = Pieces(params);
         blocks_left_ = 0;
         head_kv_ = 0;
+        pieces_.prefetch(params);
     }
 
     // Starts to look up the next block: the page is in the order after cp_async_wait, nobody stalls on the block table.

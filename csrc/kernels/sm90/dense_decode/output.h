@@ -24,13 +24,15 @@ struct OutputMainloop {
     WarpgroupRole role;
     int thread;  // in the warpgroup
     BlockPosition<Traits> at = {};
-    uint32_t stats_phase = 0;
+    uint32_t piece_count = 0;
 
     __device__ void run() {
-        for (uint32_t index = 0;; ++index) {
-            Piece const& piece = shared.pieces.wait(index);
-            if (piece.is_end()) return;
-            run_piece(piece);
+        if (role == WarpgroupRole::kOutputLow && thread < 32) {
+            loader().load_first_blocks();
+        }
+        for (;; ++piece_count) {
+            if (shared.pieces.wait(piece_count).is_end()) return;
+            run_piece();
         }
     }
 
@@ -39,25 +41,33 @@ private:
     __device__ int first_chunk() const { return half() * Traits::kChunksPerHalf; }
     __device__ uint32_t barrier() const { return warpgroup_barrier(role); }
 
-    __device__ void run_piece(Piece const& piece) {
+    // Looked up anew each time: not even its address, or what kind it is, should occupy a register meanwhile.
+    __device__ Piece const& piece_now() const {
+        uint32_t index;
+        asm volatile("mov.b32 %0, %1;\n" : "=r"(index) : "r"(piece_count));
+        return shared.pieces.get(index);
+    }
+
+    __device__ void run_piece() {
+        Piece const& piece = piece_now();
         Outputs outputs;
         cute::clear(outputs);
-        int const end_block = piece.end_block, seqlen = piece.seqlen;
-        for (int block = piece.begin_block; block < end_block; ++block) {
+        int num_keys = piece.seqlen - piece.begin_block * kPageSize;
+        int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
+        for (; num_keys > num_keys_after; num_keys -= kPageSize) {
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
             if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
-            int const num_keys = seqlen - block * kPageSize;
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             issue(outputs);
-            bool const scores_are_ahead = Traits::kTensorBound && block + 1 < end_block;
+            bool const scores_are_ahead = Traits::kTensorBound && num_keys - kPageSize > num_keys_after;
             if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);
             announce_consumed();
-            if (thread == 0 && loader().copies_half(half())) loader().refill_half(at, half());
+            if (thread == 0 && loader().copies_half(half())) loader().fill_half(at.later(Traits::kNumStages), half());
             at.advance();
         }
-        store(piece, outputs);
+        store(outputs);
     }
 
     __device__ void rescale(Outputs& outputs) {
@@ -98,29 +108,21 @@ private:
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    // The half of the latent columns goes free in the CTA that copies it to all of them.
     __device__ void announce_consumed() const {
         quads_arrive(shared.barriers.p_consumed[at.slot()]);
-        if (thread % 32 != 0) return;
-        auto const& consumed = shared.barriers.consumed[at.stage()][half()];
-        if constexpr (Traits::kClusterSize == 1) {
-            consumed.arrive();
-        } else {
-            consumed.arrive(half());
-        }
+        if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
     }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
-    __device__ void store(Piece const& piece, Outputs& outputs) {
-        shared.barriers.stats_full.wait(stats_phase);
-        stats_phase ^= 1;
+    __device__ void store(Outputs& outputs) {
+        shared.barriers.stats_full.wait(piece_count % 2);
         if constexpr (Traits::kSummation == Summation::kBySegments) {
-            fold_half<0>(piece, outputs);
-            fold_half<1>(piece, outputs);
+            fold_half<0>(piece_now(), outputs);
+            fold_half<1>(piece_now(), outputs);
         } else {
-            store_half<0>(piece, outputs);
-            store_half<1>(piece, outputs);
+            store_half<0>(piece_now(), outputs);
+            store_half<1>(piece_now(), outputs);
         }
         quads_arrive(shared.barriers.stats_empty);
     }
@@ -139,7 +141,9 @@ private:
         }
         if (end.slot == FoldStep::kOut) {
             QueryRow const at = query_row(params, piece.place, row);
-            store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
+            Element* target = out_row(piece, at);
+            asm volatile("" : "+l"(target));  // before the outputs are packed: its parts would take more registers
+            store_row<h>(target, at.exists, inverse_sum, outputs);
         } else {
             store_slot_row<h>(slot_row(end.slot, row), inverse_sum, outputs);
         }
@@ -185,19 +189,14 @@ private:
     __device__ void store_half(Piece const& piece, Outputs const& outputs) const {
         int const row = fragment_row(thread, h);
         float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
-        QueryRow const at = query_row(params, piece.place, row);
         if (piece.is_partial()) {
-            if (at.exists) store_partial_row<h>(partial_out_row(piece, row), inverse_sum, outputs);
+            store_partial_row<h>(piece, row, inverse_sum, outputs);
         } else {
+            QueryRow const at = query_row(params, piece.place, row);
             store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
         }
     }
 
-    __device__ float* partial_out_row(Piece const& piece, int row) const {
-        int const lane = lane_now();
-        return params.out_partial + partial_row(params.grid, piece.slot, lane, row, kBlockM) * kHeadDimV +
-               half() * Traits::kHalfColumns;
-    }
     __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {
         return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + half() * Traits::kHalfColumns;
     }
@@ -207,15 +206,43 @@ private:
         return inverse_sum == 0.f ? 0.f : output * inverse_sum;
     }
 
+    // Rows that do not exist have their place too.
     template <int h>
-    __device__ void store_partial_row(float* row, float inverse_sum, Outputs const& outputs) const {
-        float* const target = row + fragment_column(thread, 0);
+    __device__ void store_partial_row(Piece const& piece, int row, float inverse_sum, Outputs const& outputs) const {
+        int const lane = lane_now(), first_column = half() * Traits::kHalfColumns;
+        int64_t const tile_row = partial_row(params.grid, piece.slot, lane, 0, kBlockM);
+        uint32_t const exponent = exponent_above<h>(inverse_sum, outputs);
+        params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, thread % 4)] =
+            __uint_as_float(exponent << 23);
+        float const factor = inverse_sum * __uint_as_float((254 - exponent) << 23);
+        uint4* const target = reinterpret_cast<uint4*>(static_cast<__half*>(params.packed_partial) +
+                                                       tile_row * kHeadDimV + box_offset(row, first_column)) +
+                              thread % 32;
 #pragma unroll
-        for (int tile = 0; tile < kNumOutputs / 4; ++tile) {
-            *reinterpret_cast<float2*>(target + 8 * tile) =
-                float2{normalized(outputs[4 * tile + 2 * h], inverse_sum),
-                       normalized(outputs[4 * tile + 2 * h + 1], inverse_sum)};
+        for (int box = 0; box < kNumOutputs / 16; ++box) {
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int const first = 16 * box + 4 * i + 2 * h;
+                word[i] = pack_pair(normalized(outputs[first], factor), normalized(outputs[first + 1], factor),
+                                    cutlass::half_t{});
+            }
+            target[box * kBoxThreads] = uint4{word[0], word[1], word[2], word[3]};
         }
+    }
+
+    // The exponent, as floats have it, of a power of two of which the largest of a row's finite outputs is as many
+    // times as 16 bits can hold.
+    template <int h>
+    __device__ static uint32_t exponent_above(float inverse_sum, Outputs const& outputs) {
+        uint32_t largest = 0;  // twice the bits of the absolute value, from 2 << 23; less for what is not finite
+#pragma unroll
+        for (int i = 2 * h; i < kNumOutputs; i += 4) {
+            largest = max(largest, 2 * __float_as_uint(outputs[i]) + (2u << 23));
+            largest = max(largest, 2 * __float_as_uint(outputs[i + 1]) + (2u << 23));
+        }
+        float const value = __uint_as_float((max(largest, 2u << 23) - (2u << 23)) / 2) * inverse_sum;
+        return max(int(__float_as_uint(value) >> 23) - 14, 1);
     }
 
     // Four tiles of 8 columns at a time, transposed among the four lanes of a row: 16 bytes a lane, 64 together.

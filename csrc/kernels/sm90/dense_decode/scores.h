@@ -27,7 +27,7 @@ struct ScoresMainloop {
     QRegisters<Traits> q;
 
     __device__ void run() {
-        loader().load_first_blocks([&] { load_next_q(); });
+        load_first_q();
         while (!next_piece().is_end()) {
             OnlineSoftmax softmax;
             write_all_probabilities(softmax);
@@ -47,7 +47,7 @@ private:
         // A bit tells the first block, in the same register.
         constexpr uint32_t kFirst = 1u << 31;
         uint32_t blocks_left = next_piece().num_blocks() | kFirst;
-        q.finish();
+        if (at.count > 0) q.finish();
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
@@ -80,6 +80,19 @@ private:
         } while (blocks_left != 0);
         sync_warpgroup();
         load_next_q();
+    }
+
+    __device__ void load_first_q() {
+        // Asked for before the length is known; again where there turn out to be no keys.
+        Piece likely = likely_first_piece(params);
+        for (;;) {
+            cute::cp_async_wait<0>();
+            if (!likely.is_end()) q.stage(params, shared, likely);
+            Piece const& piece = next_piece();
+            if (piece.is_end() || piece.is_of_tile(likely)) break;
+            likely = piece;
+        }
+        q.load_staged(shared);
     }
 
     // Starts the gather of the query rows of the next piece, or of any where there is none.

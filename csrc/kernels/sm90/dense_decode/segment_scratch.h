@@ -9,7 +9,7 @@
 namespace flash_mla::sm90 {
 
 __device__ inline float* slot_outputs(DenseDecodeParams const& params, int slot, int row) {
-    return static_cast<float*>(params.out_partial) + (int64_t(slot) * kBlockM + row) * kHeadDimV;
+    return params.out_partial + (int64_t(slot) * kBlockM + row) * kHeadDimV;
 }
 __device__ inline float* slot_log2_sum(DenseDecodeParams const& params, int slot, int row) {
     return params.lse_partial + (slot * kBlockM + row);

@@ -49,6 +49,7 @@ struct DenseDecodeTraits {
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
     static constexpr int kNumSlots = 2;                        // of P
     static constexpr int kLookUpWarp = 1;                      // of the scores warpgroup
+    static constexpr int kFirstLoader = 128;                   // thread that begins, in the first output warpgroup
 
     // Q: the latent columns live in registers of the scores warpgroup but for the last k-step, for which these do not
     // suffice. That one and the RoPE columns are in shared memory.
@@ -72,12 +73,23 @@ struct DenseDecodeTraits {
         decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
                                                          cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
 
+    __device__ static int rank() { return kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
+
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
         TransactionBarrier rope_full;
         Barrier p_ready[kNumSlots], p_consumed[kNumSlots];
         Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
+
+        // By four warps of each CTA, one thread each: the half goes free in the CTA that copies it to all of them.
+        __device__ void announce_consumed(int stage, int half) const {
+            if constexpr (kClusterSize == 1) {
+                consumed[stage][half].arrive();
+            } else {
+                consumed[stage][half].arrive(half);
+            }
+        }
     };
 
     struct SharedStorage {
@@ -104,6 +116,9 @@ struct BlockPosition {
 
     __device__ uint32_t stage() const { return count % Traits::kNumStages; }
     __device__ uint32_t stage_phase() const { return count / Traits::kNumStages % 2; }
+    // Of `consumed`, that lets this block into its stage. The last stage was consumed once more, by who had query rows
+    // there.
+    __device__ uint32_t consumed_phase() const { return (count - (Traits::kNumStages - 1)) / Traits::kNumStages % 2; }
     __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
     __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
     __device__ uint32_t phase() const { return count % 2; }  // of what there is only one place for

@@ -84,6 +84,15 @@ __device__ inline void store_matrix_x4(uint32_t shared_address, uint32_t const (
                  : "memory");
 }
 
+// The other way.
+__device__ inline void load_matrix_x4(uint32_t shared_address, uint32_t& word0, uint32_t& word1, uint32_t& word2,
+                                      uint32_t& word3) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(word0), "=r"(word1), "=r"(word2), "=r"(word3)
+                 : "r"(shared_address)
+                 : "memory");
+}
+
 // Two 8×8 matrices, transposed; lanes 0–15 give the addresses of what are their columns.
 __device__ inline void store_matrix_x2_transposed(uint32_t shared_address, uint32_t word0, uint32_t word1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(shared_address), "r"(word0),

@@ -19,6 +19,16 @@ __device__ inline int lane_now() {
     return lane;
 }
 
+// Brings this worker's row of the plan and the lengths to the L2, where who wrote them may be writing still. By one
+// warp.
+__device__ inline void prefetch_plan(DenseDecodeParams const& params) {
+    constexpr int kLengthsPerLine = 32;
+    int const lane = threadIdx.x % 32;
+    auto prefetch = [](void const* address) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address) : "memory"); };
+    if (lane == 0) prefetch(params.metadata + worker_now());
+    if (lane * kLengthsPerLine < params.batch_size) prefetch(params.cache_seqlens + lane * kLengthsPerLine);
+}
+
 struct Piece {
     static constexpr int kWholeTile = -1;
     static constexpr int kEnd = -1;
@@ -33,11 +43,24 @@ struct Piece {
     __device__ int num_blocks() const { return end_block - begin_block; }
     __device__ bool is_partial() const { return slot != kWholeTile; }
     __device__ bool is_empty() const { return begin_block >= end_block; }
+    __device__ bool is_of_tile(Piece const& other) const {
+        return batch == other.batch && place.head_kv == other.place.head_kv && place.m_tile == other.place.m_tile;
+    }
 };
 
 // This worker's row of the plan, in two halves.
 __device__ inline int4 const* row_words(DenseDecodeParams const& params) {
     return reinterpret_cast<int4 const*>(params.metadata + worker_now());
+}
+
+// A piece of the tile in which this worker begins, known before any length: the first one, unless that has no keys.
+__device__ inline Piece likely_first_piece(DenseDecodeParams const& params) {
+    int4 const begin = __ldg(row_words(params));
+    int const num_pieces = __ldg(row_words(params) + 1).z;
+    Piece piece;
+    piece.batch = num_pieces > 0 && begin.x < params.batch_size ? begin.x : Piece::kEnd;
+    piece.place = tile_place(params.grid, begin.y, lane_now());
+    return piece;
 }
 
 // The next piece that has keys.
@@ -62,6 +85,16 @@ public:
         batch_ = begin.x;
         tile_ = begin.y;
         index_ = 0;
+    }
+
+    // Brings the length and the first page of the first piece to the L2, both at once.
+    __device__ void prefetch(DenseDecodeParams const& params) const {
+        if (batch_ >= params.batch_size) return;
+        int const begin_block = __ldg(row_words(params)).z;
+        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(params.cache_seqlens + batch_) : "memory");
+        asm volatile(
+            "prefetch.global.L2 [%0];\n" ::"l"(params.block_table + batch_ * params.block_table_stride + begin_block)
+            : "memory");
     }
 
     // Returns false when there is none left.

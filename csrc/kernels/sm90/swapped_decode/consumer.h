@@ -585,8 +585,8 @@ private:
         for (int k = 0; k < 4; ++k) {
             int const row = fragment_column(thread, i % kRowTiles) + k % 2;
             if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
-            function(k, static_cast<float*>(params.out_partial) + (int64_t(slot) * kRows + row) * kHeadDimV +
-                            first_column + fragment_row(thread, k / 2));
+            function(k, params.out_partial + (int64_t(slot) * kRows + row) * kHeadDimV + first_column +
+                            fragment_row(thread, k / 2));
         }
     }
 
