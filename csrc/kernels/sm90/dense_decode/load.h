@@ -226,6 +226,7 @@ struct QRegisters {
         }
         // Copies come to where these rows were.
         cutlass::arch::fence_view_async_shared();
+        cutlass::arch::NamedBarrier::arrive(3 * 128, kFirstRowsBarrier);
         __syncwarp();
         if (lane != 0) return;
         for (int half = 0; half < 2; ++half) shared.barriers.announce_consumed(Traits::kNumStages - 1, half);

@@ -30,6 +30,7 @@ struct OutputMainloop {
         if (role == WarpgroupRole::kOutputLow && thread < 32) {
             loader().load_first_blocks();
         }
+        cutlass::arch::NamedBarrier::sync(3 * 128, kFirstRowsBarrier);
         for (;; ++piece_count) {
             if (shared.pieces.wait(piece_count).is_end()) return;
             run_piece();

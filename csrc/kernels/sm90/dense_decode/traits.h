@@ -18,6 +18,10 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
 
+// The first query rows are in registers: the output warpgroups, which clear keys where these rows were, wait for all
+// threads that read them. In fact they do so anyway, but by way of two barriers, which racecheck does not follow.
+inline constexpr uint32_t kFirstRowsBarrier = 4;
+
 template <typename Element_, int kClusterSize_, Summation kSummation_ = Summation::kByWorkers>
 struct DenseDecodeTraits {
     using Element = Element_;
