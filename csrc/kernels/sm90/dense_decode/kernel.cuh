@@ -11,9 +11,9 @@
 // clang-format off
 // Warpgroups (registers)
 //   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps looks
-//                      up pages, announces the pieces to the others and loads the first blocks
-//   output low (160)   O for columns 0–255; copies that half of the next latent columns to where V was and, where the
-//                      tensor cores are the limit, the next RoPE columns
+//                      up pages and announces the pieces to the others
+//   output low (160)   O for columns 0–255; one of its warps loads the first blocks; copies that half of the next latent
+//                      columns to where V was and, where the tensor cores are the limit, the next RoPE columns
 //   output high (160)  the same for columns 256–511, but for RoPE
 //
 // Shared memory (bytes)
@@ -37,7 +37,8 @@
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
 // The scores warpgroup has a hardware barrier of its own, before RoPE columns are copied and around the query rows; an
-// output warpgroup has one for clearing keys. All that ordinary stores put where wgmma or a copy comes next passes a
+// output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query rows, which pass
+// through the last stage, are in registers. All that ordinary stores put where wgmma or a copy comes next passes a
 // proxy fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each
 // quad, which itself arrives at the barrier that orders it.
 //

@@ -91,8 +91,8 @@ struct BlockLoader {
                                      rope_column(), 0, order.head_kv, order.page);
     }
 
-    // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies this
-    // half.
+    // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies
+    // this half.
     __device__ void fill_half(BlockPosition<Traits> const& block, int half) const {
         shared.barriers.consumed[block.stage()][half].wait(block.consumed_phase());
         load_half(block, half);
