@@ -1,6 +1,8 @@
-// Every warp merges 8 rows of 32 columns at a time, a quad for each row. The CTAs share out all tiles that the plan
-// cuts: a worker whose last piece begins a tile is the first of those that have a part of it. Pieces are added in the
-// order of the workers, so results repeat bit for bit.
+// Every warp merges 8 rows of 32 columns at a time, a quad for each row; of as many columns more as there are pieces
+// less, so that as much is on its way at once. The CTAs share out all tiles that the plan cuts: a worker whose last
+// piece begins a tile is the first of those that have a part of it. Where few tiles are in many pieces, the warps of a
+// CTA share out the pieces, too. Pieces are added in the order of the workers, those of a
+// warp and then the warps, so results repeat bit for bit.
 #include "kernels/split_kv_combine/split_kv_combine.h"
 
 #include <algorithm>
@@ -17,7 +19,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerCta = 4;
 constexpr int kThreads = kWarpsPerCta * kWarpSize;
 constexpr int kCtasPerSm = 5;
-constexpr int kParts = kHeadDimV / (kBoxColumns * kWarpsPerCta);  // CTAs for a row
+constexpr int kParts = kHeadDimV / kBoxColumns;  // of a row
 
 // A tile in pieces, by the worker that begins it.
 struct CutTile {
@@ -111,9 +113,65 @@ struct FloatNumbers {
     __device__ static int column(int i, int lane) { return i / 2 * 16 + 4 * (lane % 4) + i % 2 * 2; }
 };
 
-template <typename Element, typename Numbers>
+// What a thread has added up of a row, in so many parts, with weights of which the largest is 1.
+template <int kNumParts>
+struct Sums {
+    float number[kNumParts][kNumbersPerThread] = {};
+    float weight = 0.f;
+    float reference = -INFINITY;  // log2-sum-exp2 that has weight 1; what is not a number stays it
+
+    __device__ float weight_of(float log2_sum) const {
+        return exp2f(log2_sum - (reference == -INFINITY ? 0.f : reference));
+    }
+    __device__ void raise(float log2_sum) {
+        float const raised = max_or_nan(reference, log2_sum);
+        if (raised == reference) return;
+        float const factor = exp2f(reference - raised);
+        for (auto& part : number) {
+            for (float& each : part) each *= factor;
+        }
+        weight *= factor;
+        reference = raised;
+    }
+    __device__ float log2_sum() const { return weight == 0.f ? -INFINITY : log2f(weight) + reference; }
+};
+
+// Adds what the other warps have to what the first has, in their order. By the whole CTA.
+__device__ void add_warps(Sums<1>& sums) {
+    __shared__ float of_warps[kWarpsPerCta - 1][kNumbersPerThread + 2][kWarpSize];
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    __syncthreads();  // the first warp may still read what was there before
+    if (warp > 0) {
+        float (*to)[kWarpSize] = of_warps[warp - 1];
+        for (int i = 0; i < kNumbersPerThread; ++i) to[i][lane] = sums.number[0][i];
+        to[kNumbersPerThread][lane] = sums.weight;
+        to[kNumbersPerThread + 1][lane] = sums.reference;
+    }
+    __syncthreads();
+    if (warp > 0) return;
+    for (auto const& from : of_warps) {
+        float const reference = from[kNumbersPerThread + 1][lane];
+        sums.raise(reference);
+        float const factor = sums.weight_of(reference);
+        for (int i = 0; i < kNumbersPerThread; ++i) sums.number[0][i] = fmaf(factor, from[i][lane], sums.number[0][i]);
+        sums.weight = fmaf(factor, from[kNumbersPerThread][lane], sums.weight);
+    }
+}
+
+constexpr int num_row_groups_of(DenseDecodeParams const& params) {
+    int const rows_per_tile = params.grid.rows_per_tile;
+    return ceil_div(params.rows_per_head_kv < rows_per_tile ? params.rows_per_head_kv : rows_per_tile, kBoxRows);
+}
+
+// kPartsAtOnce: of a row, by a warp. Ways of their own, each no longer than it has to be, because their instructions
+// have to come from memory too.
+template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
+    static_assert(!kSharesPieces || kPartsAtOnce == 1);
+    constexpr int kPiecesAtOnce = Numbers::kPiecesAtOnce / kPartsAtOnce;
+    constexpr int kPartsPerCta = kSharesPieces ? 1 : kWarpsPerCta * kPartsAtOnce;
+    constexpr int kPartGroups = kParts / kPartsPerCta;
     extern __shared__ CutTile cut_tiles[];  // [num_workers]
     WorkerGrid const& grid = params.grid;
     // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
@@ -122,69 +180,94 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     sm90::wait_for_previous_kernel();
 
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    constexpr int kPiecesAtOnce = Numbers::kPiecesAtOnce;
-    int const row_groups = ceil_div(min(params.rows_per_head_kv, grid.rows_per_tile), kBoxRows);
-    int const num_items = num_cuts * grid.num_lanes * row_groups * kParts;
+    int const row_groups = num_row_groups_of(params);
+    int const num_items = num_cuts * grid.num_lanes * row_groups * kPartGroups;
     for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int const part = item % kParts, row_group = item / kParts % row_groups;
-        int const lane_and_cut = item / kParts / row_groups;
+        int const first_part = item % kPartGroups * kPartsPerCta + (kSharesPieces ? 0 : warp * kPartsAtOnce);
+        int const row_group = item / kPartGroups % row_groups;
+        int const lane_and_cut = item / kPartGroups / row_groups;
         int const tile_lane = lane_and_cut % grid.num_lanes;
         CutTile const& cut = cut_tiles[lane_and_cut / grid.num_lanes];
 
         int const row = row_group * kBoxRows + lane / 4;
         QueryRow const at = query_row(params, tile_place(grid, cut.tile, tile_lane), row, grid.rows_per_tile);
-        if (!at.exists) continue;
 
         // The first piece is a worker's last, the others are the first ones of the workers that follow.
-        int const num_pieces = cut.last_worker - cut.worker + 1;
+        int const num_pieces = at.exists ? cut.last_worker - cut.worker + 1 : 0;
         auto const tile_row = [&](int piece) {
             int const slot = piece == 0 ? cut.first_slot : partial_slot(cut.worker + piece, true);
             return partial_row(grid, slot, tile_lane, 0, grid.rows_per_tile);
         };
-        float largest = -INFINITY;  // log2-sum-exp2
-#pragma unroll 8
-        for (int piece = 0; piece < num_pieces; ++piece)
-            largest = max_or_nan(largest, params.lse_partial[tile_row(piece) + row]);
-
-        float sum[kNumbersPerThread] = {};
-        float total = 0.f;
-        int const first_column = (part * kWarpsPerCta + warp) * kBoxColumns;
-        // Nothing where no piece has keys: there is no reference to subtract.
-        for (int first = 0; first < num_pieces && largest != -INFINITY; first += kPiecesAtOnce) {
-            Numbers numbers[kPiecesAtOnce];
-            float weight[kPiecesAtOnce];
+        Sums<kPartsAtOnce> sums;
+        int const first_column = first_part * kBoxColumns;
+        int const share = kSharesPieces ? ceil_div(num_pieces, kWarpsPerCta) : num_pieces;
+        int const begin = kSharesPieces ? warp * share : 0, end = min(begin + share, num_pieces);
+        for (int first = begin; first < end; first += kPiecesAtOnce) {
+            Numbers numbers[kPiecesAtOnce][kPartsAtOnce];
+            float log2_sum[kPiecesAtOnce];
+            float largest = -INFINITY;
 #pragma unroll
             for (int i = 0; i < kPiecesAtOnce; ++i) {
                 int const piece = first + i;
-                weight[i] = 0.f;
-                if (piece >= num_pieces) continue;
-                weight[i] = exp2f(params.lse_partial[tile_row(piece) + row] - largest);
-                // A piece without keys has written none.
-                if (weight[i] != 0.f) numbers[i].load(params, tile_row(piece), row, first_column, lane);
+                log2_sum[i] = -INFINITY;
+                if (piece >= end) continue;
+                log2_sum[i] = params.lse_partial[tile_row(piece) + row];
+                // Zeros where the piece has no keys.
+#pragma unroll
+                for (int part = 0; part < kPartsAtOnce; ++part)
+                    numbers[i][part].load(params, tile_row(piece), row, first_column + part * kBoxColumns, lane);
             }
 #pragma unroll
+            for (float const each : log2_sum) largest = max_or_nan(largest, each);
+            sums.raise(largest);
+#pragma unroll
             for (int i = 0; i < kPiecesAtOnce; ++i) {
-                total += weight[i];
-                if (weight[i] != 0.f) numbers[i].add_to(sum, weight[i]);
+                float const weight = sums.weight_of(log2_sum[i]);
+                sums.weight += weight;
+                if (weight == 0.f) continue;
+#pragma unroll
+                for (int part = 0; part < kPartsAtOnce; ++part) numbers[i][part].add_to(sums.number[part], weight);
             }
         }
-        float const inverse_total = largest == -INFINITY ? 0.f : 1.f / total;
+        if constexpr (kSharesPieces) add_warps(sums);
+        if (!at.exists || (kSharesPieces && warp > 0)) continue;
+        float const inverse_total = sums.weight == 0.f ? 0.f : 1.f / sums.weight;
         if (first_column == 0 && lane % 4 == 0) {
-            params.lse[lse_offset(params, cut.batch, at)] = natural_lse(log2f(total) + largest);
+            params.lse[lse_offset(params, cut.batch, at)] = natural_lse(sums.log2_sum());
         }
         Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
 #pragma unroll
-        for (int i = 0; i < kNumbersPerThread / 2; ++i) {
-            store_columns(out + Numbers::column(i, lane),
-                          float2{sum[2 * i] * inverse_total, sum[2 * i + 1] * inverse_total});
+        for (int part = 0; part < kPartsAtOnce; ++part) {
+#pragma unroll
+            for (int i = 0; i < kNumbersPerThread / 2; ++i) {
+                store_columns(
+                    out + part * kBoxColumns + Numbers::column(i, lane),
+                    float2{sums.number[part][2 * i] * inverse_total, sums.number[part][2 * i + 1] * inverse_total});
+            }
         }
     }
 }
 
+using Kernel = void (*)(DenseDecodeParams);
+
+// By what a plan is where lengths are equal; any of them merges any plan. Tiles in many pieces, so few of them that the
+// warps have nothing else to do; tiles in few pieces; and what is between.
+template <typename Element, typename Numbers>
+Kernel choose(DenseDecodeParams const& params, int num_sms) {
+    WorkerGrid const& grid = params.grid;
+    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
+    int64_t const num_parts = num_tiles * grid.num_lanes * num_row_groups_of(params) * kParts;
+    if (grid.num_workers > Numbers::kPiecesAtOnce * num_tiles && num_parts <= kCtasPerSm * num_sms)
+        return split_kv_combine_kernel<Element, Numbers, 1, true>;
+    if (grid.num_workers < (Numbers::kPiecesAtOnce / 2 + 1) * num_tiles)
+        return split_kv_combine_kernel<Element, Numbers, 2, false>;
+    return split_kv_combine_kernel<Element, Numbers, 1, false>;
+}
+
 template <typename Element>
-auto* kernel_for(WorkerGrid const& grid) {
-    return grid.is_swapped() ? split_kv_combine_kernel<Element, FloatNumbers>
-                             : split_kv_combine_kernel<Element, PackedNumbers>;
+Kernel choose_for(DenseDecodeParams const& params, int num_sms) {
+    return params.grid.is_swapped() ? choose<Element, FloatNumbers>(params, num_sms)
+                                    : choose<Element, PackedNumbers>(params, num_sms);
 }
 
 }  // namespace
@@ -192,8 +275,9 @@ auto* kernel_for(WorkerGrid const& grid) {
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms, ElementType type,
                                     cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
-    int64_t const rows = std::min(params.rows_per_head_kv, grid.rows_per_tile);
-    int64_t const most_items = grid.num_workers * grid.num_lanes * ((rows + kBoxRows - 1) / kBoxRows) * kParts;
+    Kernel const kernel = type == ElementType::kBFloat16 ? choose_for<__nv_bfloat16>(params, num_sms)
+                                                         : choose_for<__half>(params, num_sms);
+    int64_t const most_items = int64_t(grid.num_workers) * grid.num_lanes * num_row_groups_of(params) * kParts;
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm * num_sms)));
@@ -202,7 +286,6 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    auto* const kernel = type == ElementType::kBFloat16 ? kernel_for<__nv_bfloat16>(grid) : kernel_for<__half>(grid);
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
