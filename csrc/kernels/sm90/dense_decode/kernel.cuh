@@ -18,14 +18,14 @@
 //
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
-//   rope          8192   K's RoPE columns, until they are multiplied
-//   p         2 × 8192   P (64 × 64), from the softmax of its block until O of the block is done
+//   rope, p   3 × 8192   K's RoPE columns, until they are multiplied; P (64 × 64), from the softmax of its block until O of
+//                        the block is done. In a cluster two places are P's, else two are RoPE's
 //   q            10240   Q's RoPE columns and its last latent k-step; free for the next piece after the last S of a piece
 //   the rest      1016   rescale factors and flags, 1 / row sum, page orders, pieces, barriers: 8 more would not fit
 //
 // Barriers (mbarriers)   arrivals                           waited for by
 //   latent_full[stage]   who starts the copies + 65536 B    scores
-//   rope_full            who starts the copy + 8192 B       scores
+//   rope_full[place]     who starts the copy + 8192 B       scores
 //   p_ready[slot]        the quads of scores                output: P, rescale factors and the next page are there, and
 //                                                           the RoPE columns are multiplied
 //   p_consumed[slot]     the quads of output                scores, before they store P or rescale factors
@@ -66,7 +66,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
         barriers.latent_full[stage].init(Traits::kHalvesPerCta);
         for (auto& consumed : barriers.consumed[stage]) consumed.init(4 * Traits::kClusterSize);
     }
-    barriers.rope_full.init(1);
+    for (auto& rope_full : barriers.rope_full) rope_full.init(1);
     for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
         barriers.p_ready[slot].init(4 * kQuadsPerWarp);
         barriers.p_consumed[slot].init(8 * kQuadsPerWarp);
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     if (role != WarpgroupRole::kScores) cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
     if (threadIdx.x == 0) {
         init_barriers<Traits>(shared.barriers);
+        shared.rows_staged.init(4);
         cutlass::arch::fence_barrier_init();
     }
     if (threadIdx.x == Traits::kFirstLoader) {

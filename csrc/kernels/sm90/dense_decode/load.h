@@ -57,7 +57,7 @@ struct BlockLoader {
             if (is_loading_thread && block + 1 < Traits::kNumStages) load_own_halves({block});
         }
         if (is_loading_thread) {
-            load_rope({0});
+            for (uint32_t block = Traits::kRopePlaces; block-- > 0;) load_rope({block});
             for (int half = 0; half < 2; ++half) {
                 if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
             }
@@ -81,14 +81,14 @@ struct BlockLoader {
         __syncwarp();
     }
 
-    // By one thread, once nobody reads the RoPE columns of the block before.
+    // By one thread, once nobody reads the RoPE columns that were in this place.
     __device__ void load_rope(BlockPosition<Traits> const& block) const {
         LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.rope_full;
+        auto& full = shared.barriers.rope_full[block.rope_place()];
         full.arrive_and_expect_tx(Traits::kChunkBytes);
-        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(), shared.rope,
-                                     rope_column(), 0, order.head_kv, order.page);
+        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(),
+                                     shared.rope[block.rope_place()], rope_column(), 0, order.head_kv, order.page);
     }
 
     // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies
@@ -188,41 +188,46 @@ struct QRegisters {
         }
     }
 
-    // All of the query rows, the latent columns by way of a stage of 1024 bytes per row: faster where nothing is in the
-    // L2 yet, because lines are asked for whole. Each warp brings the 16 rows it needs.
+    // Starts to bring in all of the query rows; the latent columns by way of the last stage, because a row takes a
+    // single instruction then. Each warp brings the 16 rows it needs.
     __device__ static void stage(DenseDecodeParams const& params, typename Traits::SharedStorage& shared,
                                  Piece const& piece) {
         using Element = typename Traits::Element;
-        constexpr int kPieces = kHeadDimV * sizeof(Element) / 16;  // of 16 bytes
+        constexpr int kRowBytes = kHeadDimV * sizeof(Element);
         int const thread = thread_in_warpgroup_now(), lane = thread % 32, first_row = thread / 32 * 16;
-        auto const copy = [](uint32_t target, char const* source) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(source) : "memory");
+        auto const own_row = reinterpret_cast<uint64_t>(q_row<Element>(params, piece, first_row + lane % 16));
+        if (lane == 0) shared.rows_staged.arrive_and_expect_tx(16 * kRowBytes);
+        __syncwarp();
+        if (lane < 16) {
+            cute::SM90_BULK_COPY_G2S::copy(reinterpret_cast<void const*>(own_row),
+                                           reinterpret_cast<uint64_t*>(&shared.rows_staged),
+                                           staged_row(shared, first_row + lane), kRowBytes);
+        }
+        // 16 bytes of a row at a time, swizzled as wgmma expects.
+        auto const copy = [&](void* target, int row, int first_column) {
+            auto const from = __shfl_sync(~0u, own_row, row % 16) + first_column * sizeof(Element);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(cute::cast_smem_ptr_to_uint(target)),
+                         "l"(from)
+                         : "memory");
         };
-        auto const source = reinterpret_cast<uint64_t>(q_row<Element>(params, piece, first_row + lane % 16));
-#pragma unroll 2
-        for (int i = 0; i < 16; ++i) {
-            auto const* const from = reinterpret_cast<char const*>(__shfl_sync(~0u, source, i));
-            int const row = first_row + i;
-            copy(staged(shared, row, lane), from + lane * 16);
-            copy(staged(shared, row, lane + 32), from + (lane + 32) * 16);
-            if (lane < 8) {
-                copy(cute::cast_smem_ptr_to_uint(shared.q_rope) + row * 128 + (lane ^ row % 8) * 16,
-                     from + (kPieces + lane) * 16);
-            } else if (lane < 10) {
-                copy(cute::cast_smem_ptr_to_uint(shared.q_last_step) + row * 32 + (lane % 2 ^ row / 4 % 2) * 16,
-                     from + (kPieces - 2 + lane % 2) * 16);
-            }
+        {
+            int const row = first_row + lane / 2, half = lane % 2;
+            copy(shared.q_last_step + row * 16 + (half ^ row / 4 % 2) * 8, row, kNumSteps * 16 + half * 8);
+        }
+#pragma unroll
+        for (int first = 0; first < 16; first += 4) {
+            int const row = first_row + first + lane / 8, part = lane % 8;
+            copy(shared.q_rope + row * 64 + (part ^ row % 8) * 8, row, kHeadDimV + part * 8);
         }
         cute::cp_async_fence();
     }
     __device__ void load_staged(typename Traits::SharedStorage& shared) {
         int const thread = thread_in_warpgroup_now(), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-        cute::cp_async_wait<0>();
-        __syncwarp();
+        uint32_t const address = cute::cast_smem_ptr_to_uint(staged_row(shared, row)) + lane / 16 * 16;
 #pragma unroll
         for (int step = 0; step < kNumSteps; ++step) {
-            load_matrix_x4(staged(shared, row, 2 * step + lane / 16), word[4 * step], word[4 * step + 1],
-                           word[4 * step + 2], word[4 * step + 3]);
+            load_matrix_x4(address + step * 32, word[4 * step], word[4 * step + 1], word[4 * step + 2],
+                           word[4 * step + 3]);
         }
         // Copies come to where these rows were.
         cutlass::arch::fence_view_async_shared();
@@ -232,11 +237,14 @@ struct QRegisters {
         for (int half = 0; half < 2; ++half) shared.barriers.announce_consumed(Traits::kNumStages - 1, half);
     }
 
-    // Where 16 bytes of a row are staged, so that reading them of 8 rows at once meets each bank once.
-    __device__ static uint32_t staged(typename Traits::SharedStorage& shared, int row, int piece_of_row) {
-        constexpr int kRowBytes = kHeadDimV * sizeof(typename Traits::Element);
-        return cute::cast_smem_ptr_to_uint(shared.latent[Traits::kNumStages - 1]) + row * kRowBytes +
-               (piece_of_row ^ row % 8) * 16;
+    // Where a row is staged: so that reading 16 bytes of 8 rows at once meets each bank once. The last row has no room
+    // in the stage and is where P will be.
+    __device__ static char* staged_row(typename Traits::SharedStorage& shared, int row) {
+        constexpr int kPitch = kHeadDimV * sizeof(typename Traits::Element) + 16;
+        static_assert((kBlockM - 1) * kPitch <= sizeof(shared.latent[0]));
+        constexpr int kLast = (kBlockM - 1) * 16 % 128;
+        if (row == kBlockM - 1) return reinterpret_cast<char*>(shared.p[0]) + kLast;
+        return reinterpret_cast<char*>(shared.latent[Traits::kNumStages - 1]) + row * kPitch;
     }
 
     __device__ void finish() {

@@ -56,10 +56,11 @@ private:
         int num_keys = piece.seqlen - piece.begin_block * kPageSize;
         int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
         for (; num_keys > num_keys_after; num_keys -= kPageSize) {
+            SwizzledOperand<128> const p(shared_address(shared.p) + at.slot() * sizeof(shared.p[0]));
             shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
             if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
             if (num_keys < kPageSize) clear_keys_from(num_keys);
-            issue(outputs);
+            issue(p, outputs);
             bool const scores_are_ahead = Traits::kTensorBound && num_keys - kPageSize > num_keys_after;
             if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
             cute::warpgroup_wait<0>();
@@ -89,9 +90,8 @@ private:
         cutlass::arch::NamedBarrier::sync(128, barrier());
     }
 
-    __device__ void issue(Outputs& outputs) {
+    __device__ void issue(SwizzledOperand<128> const& p, Outputs& outputs) {
         using namespace cute;
-        SwizzledOperand<128> const p(shared_address(shared.p) + at.slot() * sizeof(shared.p[0]));
         typename Traits::MmaOutput mma;
         Tensor const s_v =
             make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
@@ -211,14 +211,14 @@ private:
     template <int h>
     __device__ void store_partial_row(Piece const& piece, int row, float inverse_sum, Outputs const& outputs) const {
         int const lane = lane_now(), first_column = half() * Traits::kHalfColumns;
-        int64_t const tile_row = partial_row(params.grid, piece.slot, lane, 0, kBlockM);
+        int const tile_row = partial_row(params.grid, piece.slot, lane, 0, kBlockM);
         uint32_t const exponent = exponent_above<h>(inverse_sum, outputs);
         params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, thread % 4)] =
             __uint_as_float(exponent << 23);
         float const factor = inverse_sum * __uint_as_float((254 - exponent) << 23);
-        uint4* const target = reinterpret_cast<uint4*>(static_cast<__half*>(params.packed_partial) +
-                                                       tile_row * kHeadDimV + box_offset(row, first_column)) +
-                              thread % 32;
+        int const offset = tile_row * kHeadDimV + box_offset(row, first_column);
+        uint4* const target = reinterpret_cast<uint4*>(static_cast<__half*>(params.packed_partial) + offset) +
+                              thread_in_warpgroup_now() % 32;
 #pragma unroll
         for (int box = 0; box < kNumOutputs / 16; ++box) {
             uint32_t word[4];

@@ -44,26 +44,32 @@ private:
     __device__ Piece const& next_piece() const { return shared.pieces.wait(shared.pieces.next_scores); }
 
     __device__ void write_all_probabilities(OnlineSoftmax& softmax) {
-        // A bit tells the first block, in the same register.
-        constexpr uint32_t kFirst = 1u << 31;
-        uint32_t blocks_left = next_piece().num_blocks() | kFirst;
+        // A bit tells that P of the block before is released, or that there is none, in the same register.
+        constexpr uint32_t kReleased = 1u << 31;
+        uint32_t blocks_left = next_piece().num_blocks() | kReleased;
         if (at.count > 0) q.finish();
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
         sync_warpgroup();
-        if (thread_in_warpgroup_now() == 0) ++shared.pieces.next_scores;
+        if (thread_in_warpgroup_now() == 0) {
+            ++shared.pieces.next_scores;
+            if (at.count == 0)
+                TransactionBarrier::invalidate(
+                    reinterpret_cast<uint64_t*>(&shared.rows_staged));  // its place is wanted
+        }
 
         Scores scores;
 #pragma unroll 1
         do {
-            bool const holds_previous = Traits::kTensorBound && (blocks_left & kFirst) == 0;
-            blocks_left = (blocks_left & ~kFirst) - 1;
+            bool const holds_previous = (blocks_left & kReleased) == 0;
+            blocks_left = (blocks_left & ~kReleased) - 1;
             issue_scores(scores);
             // The output of the block before may begin: by the time it does, the tensor cores are nearly through with
             // these scores, and then busy with the output while the softmax is computed.
             cute::warpgroup_wait<1>();
             if (holds_previous) {
-                release_probabilities(at.slot() ^ 1);
+                release_probabilities(at.slot() ^ (Traits::kNumSlots - 1));
+                if (!Traits::kTensorBound) refill_rope();
             } else {
                 refill_rope();
             }
@@ -75,9 +81,12 @@ private:
             cute::cp_async_wait<0>();
             if (is_masked) mask(scores, blocks_left);
             write_probabilities(scores, softmax);
-            if (!Traits::kTensorBound || blocks_left == 0) release_probabilities(at.slot());
+            if (blocks_left == 0 || !(Traits::kTensorBound || next_block_is_there())) {
+                release_probabilities(at.slot());
+                blocks_left |= kReleased;
+            }
             at.advance();
-        } while (blocks_left != 0);
+        } while (blocks_left != kReleased);
         sync_warpgroup();
         load_next_q();
     }
@@ -85,12 +94,15 @@ private:
     __device__ void load_first_q() {
         // Asked for before the length is known; again where there turn out to be no keys.
         Piece likely = likely_first_piece(params);
-        for (;;) {
-            cute::cp_async_wait<0>();
-            if (!likely.is_end()) q.stage(params, shared, likely);
-            Piece const& piece = next_piece();
-            if (piece.is_end() || piece.is_of_tile(likely)) break;
-            likely = piece;
+        if (!likely.is_end()) {
+            for (uint32_t phase = 0;; phase ^= 1) {
+                q.stage(params, shared, likely);
+                Piece const& piece = next_piece();
+                shared.rows_staged.wait(phase);
+                if (piece.is_end() || piece.is_of_tile(likely)) break;
+                cute::cp_async_wait<0>();
+                likely = piece;
+            }
         }
         q.load_staged(shared);
     }
@@ -134,11 +146,12 @@ private:
     // Starts the scores of the current block, in two batches: the RoPE columns, whose place is wanted soon, and the
     // others.
     __device__ void issue_scores(Scores& scores) {
-        auto const& rope_full = shared.barriers.rope_full;
+        auto const& rope_full = shared.barriers.rope_full[at.rope_place()];
         auto const& latent_full = shared.barriers.latent_full[at.stage()];
-        bool const has_rope = rope_full.try_wait(at.phase()), has_latent = latent_full.try_wait(at.stage_phase());
-        if (!has_rope) rope_full.wait(at.phase());
-        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope)), rope(shared_address(shared.rope));
+        bool const has_rope = rope_full.try_wait(at.rope_phase()), has_latent = latent_full.try_wait(at.stage_phase());
+        if (!has_rope) rope_full.wait(at.rope_phase());
+        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope)),
+            rope(shared_address(shared.rope) + at.rope_place() * sizeof(shared.rope[0]));
         cute::warpgroup_fence_operand(scores);
         cute::warpgroup_arrive();
         MmaSharedQ mma;
@@ -159,10 +172,17 @@ private:
         cute::warpgroup_fence_operand(scores);
     }
 
-    // Copies the RoPE columns of the next block to where those of the current one were.
+    // Whether the scores of the next block could begin at once. The same for a warp.
+    __device__ bool next_block_is_there() const {
+        BlockPosition<Traits> const next = at.later(1);
+        return __all_sync(~0u, shared.barriers.rope_full[next.rope_place()].test_wait(next.rope_phase()) &&
+                                   shared.barriers.latent_full[next.stage()].test_wait(next.stage_phase()));
+    }
+
+    // Copies the RoPE columns of a later block to where those of the current one were.
     __device__ void refill_rope() const {
         sync_warpgroup();
-        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(1));
+        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(Traits::kRopePlaces));
     }
 
     __device__ void multiply_register_q(Scores& scores, SwizzledOperand<128> const& latent) {
@@ -200,7 +220,8 @@ private:
     // There is one place for the factors, and the block before may need it still: a rare wait.
     __device__ void store_rescale(float const (&rescale)[kRowsPerThread]) const {
         int const thread = thread_in_warpgroup_now();
-        shared.barriers.p_consumed[at.slot() ^ 1].wait(at.later(1).slot_phase() ^ 1);
+        BlockPosition<Traits> const before = at.later(Traits::kNumSlots - 1);  // with another number the same slot
+        shared.barriers.p_consumed[before.slot()].wait(before.slot_phase() ^ 1);
         if (thread % 4 != 0) return;
         shared.rescale[fragment_row(thread, 0)] = rescale[0];
         shared.rescale[fragment_row(thread, 1)] = rescale[1];
@@ -274,16 +295,18 @@ private:
         int const thread = thread_in_warpgroup_now(), lane = lane_now();
         for (int row = thread / 32; row < kBlockM; row += 4) {
             QueryRow const at = query_row(params, piece.place, row);
-            if (!at.exists) return;
+            if (!at.exists && !piece.is_partial()) return;
+            void* out = static_cast<Element*>(params.out) + out_offset(params, piece.batch, at);
             if (piece.is_partial()) {
-                // The combine reads no output where the weight is 0.
-                params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = -INFINITY;
-                continue;
+                // The combine reads it whole. Which row of the tile an element belongs to does not matter here.
+                int64_t const place = partial_row(params.grid, piece.slot, lane, row, kBlockM);
+                out = static_cast<__half*>(params.packed_partial) + place * kHeadDimV;
+                params.scale_partial[place * kScalesPerRow + thread % kScalesPerRow] = 0.f;
+                params.lse_partial[place] = -INFINITY;
+            } else {
+                params.lse[lse_offset(params, piece.batch, at)] = INFINITY;
             }
-            auto* const out =
-                reinterpret_cast<uint4*>(static_cast<Element*>(params.out) + out_offset(params, piece.batch, at));
-            for (int i = thread % 32; i < kHeadDimV / 8; i += 32) out[i] = uint4{0, 0, 0, 0};
-            params.lse[lse_offset(params, piece.batch, at)] = INFINITY;
+            for (int i = thread % 32; i < kHeadDimV / 8; i += 32) static_cast<uint4*>(out)[i] = uint4{0, 0, 0, 0};
         }
     }
 };

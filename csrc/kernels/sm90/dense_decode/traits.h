@@ -51,9 +51,12 @@ struct DenseDecodeTraits {
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
-    static constexpr int kNumSlots = 2;                        // of P
-    static constexpr int kLookUpWarp = 1;                      // of the scores warpgroup
-    static constexpr int kFirstLoader = 128;                   // thread that begins, in the first output warpgroup
+    // Places of P and of RoPE columns. Where memory is the limit the next RoPE columns need all of a block's time to
+    // come.
+    static constexpr int kNumSlots = kTensorBound ? 2 : 1;
+    static constexpr int kRopePlaces = kTensorBound ? 1 : 2;
+    static constexpr int kLookUpWarp = 1;     // of the scores warpgroup
+    static constexpr int kFirstLoader = 128;  // thread that begins, in the first output warpgroup
 
     // Q: the latent columns live in registers of the scores warpgroup but for the last k-step, for which these do not
     // suffice. That one and the RoPE columns are in shared memory.
@@ -81,7 +84,7 @@ struct DenseDecodeTraits {
 
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
-        TransactionBarrier rope_full;
+        TransactionBarrier rope_full[kRopePlaces];
         Barrier p_ready[kNumSlots], p_consumed[kNumSlots];
         Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
@@ -99,12 +102,15 @@ struct DenseDecodeTraits {
     struct SharedStorage {
         alignas(1024) Element q_rope[kChunkElements];
         alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
-        alignas(1024) Element rope[kChunkElements];
+        alignas(1024) Element rope[kRopePlaces][kChunkElements];
         alignas(1024) Element p[kNumSlots][kChunkElements];
         alignas(1024) Element q_last_step[kBlockM * 16];  // of the latent columns, with the 32-byte swizzle
         float rescale[kBlockM];
         bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
-        float inverse_sum[kBlockM];
+        union {
+            float inverse_sum[kBlockM];
+            alignas(8) TransactionBarrier rows_staged;  // until then
+        };
         LoadCursor<Pieces> loads;
         LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
@@ -125,7 +131,8 @@ struct BlockPosition {
     __device__ uint32_t consumed_phase() const { return (count - (Traits::kNumStages - 1)) / Traits::kNumStages % 2; }
     __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
     __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
-    __device__ uint32_t phase() const { return count % 2; }  // of what there is only one place for
+    __device__ uint32_t rope_place() const { return count % Traits::kRopePlaces; }
+    __device__ uint32_t rope_phase() const { return count / Traits::kRopePlaces % 2; }
     __device__ uint32_t order() const { return count % Traits::kNumOrders; }
     __device__ void advance() { ++count; }
     __device__ BlockPosition later(uint32_t blocks) const { return {count + blocks}; }

@@ -639,11 +639,13 @@ private:
             QueryRow const at = query_row_of(piece, row);
             if (!at.exists) return;
             store_lse(piece, row, kMinusInfinity);
-            // The combine reads no output where the weight is 0.
-            if (piece.is_partial()) continue;
-            auto* const out =
-                reinterpret_cast<uint4*>(static_cast<Element*>(params.out) + out_offset(params, piece.batch, at));
-            for (int i = lane(); i < kHeadDimV / 8; i += 32) out[i] = uint4{0, 0, 0, 0};
+            void* const out =
+                piece.is_partial()
+                    ? static_cast<void*>(params.out_partial +
+                                         partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV)
+                    : static_cast<Element*>(params.out) + out_offset(params, piece.batch, at);
+            int const num_vectors = kHeadDimV / (piece.is_partial() ? 4 : 8);
+            for (int i = lane(); i < num_vectors; i += 32) static_cast<uint4*>(out)[i] = uint4{0, 0, 0, 0};
         }
     }
 };
