@@ -20,7 +20,7 @@ BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
 MAX_SPLIT_CTAS = 8  # CTAs that share out the KV blocks of a lane
 MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves in any batch
-MAX_SWAPPED_ROWS_OF_FEW = 128  # and of up to FEW_REQUESTS requests, times KV heads
+MAX_SWAPPED_ROWS_OF_FEW = 64  # and of up to FEW_REQUESTS requests, times KV heads
 FEW_REQUESTS = 1
 METADATA_COLUMNS = 8
 

@@ -28,6 +28,8 @@ from flash_mla.schedule import ClusterCapacity, WorkerGrid
 # What the kernels keep in shared memory, in csrc/kernels/sm90.
 NUM_STAGES = {"dense": 3, "swapped": 2}
 QUEUE_CAPACITY = 8
+# Pieces that the combine takes at a time.
+PIECES_AT_ONCE = {"dense": 8, "swapped": 4}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ DENSE_CASES = [
     SanitizedCase(
         "pair of tiles, split, causal", [1300], num_workers=5, shape={"seqlen_q": 2, "num_heads_q": 128, "causal": True}
     ),
+    SanitizedCase("pair of tiles, split, many requests", [1300, *[0] * 19], shape={"num_heads_q": 128}),
     SanitizedCase("three tiles", [130, 3], num_workers=2, shape={"num_heads_q": 192, "strided_q": True}),
     SanitizedCase(
         "11 tiles for 12 lanes, causal",
@@ -176,7 +179,9 @@ SWAPPED_CASES = [
         num_workers=3,
         shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
     ),
-    SanitizedCase("lanes of 32 rows", [500], shape={"num_heads_q": 128}),
+    SanitizedCase("swapped, split, four requests", [64 * 50 + 1, *[0] * 3]),
+    SanitizedCase("swapped, split, eight requests", [64 * 50 + 1, *[0] * 7]),
+    SanitizedCase("lanes of 32 rows", [500], shape={"num_heads_q": 64}),
     SanitizedCase(
         "lanes of 32 rows, split, causal",
         [64 * 50 + 1],
@@ -290,6 +295,9 @@ _BOTH = {
     "middle part of a tile",
     "last part of a tile",
     "part of a tile without keys",
+    "parts shared out among warps",
+    "several parts",
+    "few parts",
     "more blocks than stages",
     "no mask",
     "end of the tokens in a block",
@@ -365,6 +373,17 @@ def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
     return routes
 
 
+def way_to_combine(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> str:
+    """As csrc/kernels/split_kv_combine chooses it."""
+    num_tiles = case.batch_size(capacity) * grid.tiles_per_request
+    pieces_at_once = PIECES_AT_ONCE["swapped" if grid.is_swapped else "dense"]
+    row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
+    num_parts = num_tiles * grid.num_lanes * row_groups * (HEAD_DIM_V // 32)
+    if grid.num_workers > pieces_at_once * num_tiles and num_parts <= 5 * capacity.num_sms:
+        return "parts shared out among warps"
+    return "few parts" if grid.num_workers < (pieces_at_once // 2 + 1) * num_tiles else "several parts"
+
+
 def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> set[str]:
     routes = set()
     num_workers = min(case.num_workers or grid.num_workers, grid.num_workers)
@@ -392,7 +411,7 @@ def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCap
                 }[continued, continues]
             )
             if continued or continues:
-                routes.add(f"{grid.rows_per_tile} rows, part of a tile")
+                routes |= {f"{grid.rows_per_tile} rows, part of a tile", way_to_combine(case, grid, capacity)}
             if continues and not continued and num_pieces == 1:
                 routes.add("first part of a tile, the only piece of its worker")
             if (continued or continues) and end == begin:

@@ -17,10 +17,10 @@ inline constexpr int kHeadDim = 576;     // 512 latent + 64 RoPE
 inline constexpr int kHeadDimV = 512;    // the latent part, read again as V
 inline constexpr int kMaxSplitCtas = 8;  // CTAs of a cluster that shares out KV blocks
 
-// What the swapped kernel serves: up to 32 query rows always, up to 128 where there are so few requests (times kv
+// What the swapped kernel serves: up to 32 query rows always, up to 64 where there are so few requests (times kv
 // heads) that most of the time is that of starting and ending, not of the products.
 inline constexpr int kMaxSwappedRows = 32;
-inline constexpr int kMaxSwappedRowsOfFew = 128;
+inline constexpr int kMaxSwappedRowsOfFew = 64;
 inline constexpr int kFewRequests = 1;
 
 // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
