@@ -28,8 +28,9 @@ from flash_mla.schedule import ClusterCapacity, WorkerGrid
 # What the kernels keep in shared memory, in csrc/kernels/sm90.
 NUM_STAGES = {"dense": 3, "swapped": 2}
 QUEUE_CAPACITY = 8
-# Pieces that the combine takes at a time.
-PIECES_AT_ONCE = {"dense": 8, "swapped": 4}
+# What a thread of the combine loads at a time, and how many of its CTAs an SM runs.
+LOADS_AT_ONCE = {"dense": 8, "swapped": 4}
+COMBINE_CTAS_PER_SM = 5
 
 
 @dataclass(frozen=True)
@@ -376,12 +377,12 @@ def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
 def way_to_combine(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> str:
     """As csrc/kernels/split_kv_combine chooses it."""
     num_tiles = case.batch_size(capacity) * grid.tiles_per_request
-    pieces_at_once = PIECES_AT_ONCE["swapped" if grid.is_swapped else "dense"]
+    loads_at_once = LOADS_AT_ONCE["swapped" if grid.is_swapped else "dense"]
     row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
     num_parts = num_tiles * grid.num_lanes * row_groups * (HEAD_DIM_V // 32)
-    if grid.num_workers > pieces_at_once * num_tiles and num_parts <= 5 * capacity.num_sms:
+    if grid.num_workers > loads_at_once * num_tiles and num_parts <= COMBINE_CTAS_PER_SM * capacity.num_sms:
         return "parts shared out among warps"
-    return "few parts" if grid.num_workers < (pieces_at_once // 2 + 1) * num_tiles else "several parts"
+    return "few parts" if grid.num_workers < (loads_at_once // 2 + 1) * num_tiles else "several parts"
 
 
 def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> set[str]:

@@ -65,10 +65,20 @@ def test_racecheck_follows_clusters_of_all_sizes(capacity):
         ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES["dense"]),
         ("kNumStages", "sm90/swapped_decode/traits.h", sanitized_cases.NUM_STAGES["swapped"]),
         ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
+        ("kCtasPerSm", "split_kv_combine/split_kv_combine.cu", sanitized_cases.COMBINE_CTAS_PER_SM),
     ],
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):
     assert re.search(rf"constexpr u?int(?:32_t)? {name} = (\d+);", (KERNELS / file).read_text())[1] == str(expected)
+
+
+def test_loads_at_once_are_those_of_the_combine():
+    source = (KERNELS / "split_kv_combine/split_kv_combine.cu").read_text()
+    found = dict(re.findall(r"struct (\w+)Numbers \{\n +static constexpr int kLoadsAtOnce = (\d+);", source))
+    assert found == {
+        "Packed": str(sanitized_cases.LOADS_AT_ONCE["dense"]),
+        "Float": str(sanitized_cases.LOADS_AT_ONCE["swapped"]),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -1,8 +1,7 @@
-// Every warp merges 8 rows of 32 columns at a time, a quad for each row; of as many columns more as there are pieces
-// less, so that as much is on its way at once. The CTAs share out all tiles that the plan cuts: a worker whose last
-// piece begins a tile is the first of those that have a part of it. Where few tiles are in many pieces, the warps of a
-// CTA share out the pieces, too. Pieces are added in the order of the workers, those of a
-// warp and then the warps, so results repeat bit for bit.
+// Every warp merges 8 rows of 32 columns at a time, or of 64 where pieces are few, a quad for each row. The CTAs share
+// out all tiles that the plan cuts: a worker whose last piece begins a tile is the first of those that have a part of
+// it. Where few tiles are in many pieces, the warps of a CTA share out the pieces, too. Pieces are added in the order
+// of the workers, those of a warp and then the warps, so results repeat bit for bit.
 #include "kernels/split_kv_combine/split_kv_combine.h"
 
 #include <algorithm>
@@ -71,7 +70,7 @@ __device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tile
 
 // What a thread has of a piece's partial output: 8 numbers of a row, as the dense kernel writes them, boxes of 16 bits.
 struct PackedNumbers {
-    static constexpr int kPiecesAtOnce = 8;
+    static constexpr int kLoadsAtOnce = 8;
 
     uint4 words;
     float scale;
@@ -96,7 +95,7 @@ struct PackedNumbers {
 
 // The swapped kernel's: rows of floats.
 struct FloatNumbers {
-    static constexpr int kPiecesAtOnce = 4;
+    static constexpr int kLoadsAtOnce = 4;
 
     float4 low, high;
 
@@ -113,7 +112,8 @@ struct FloatNumbers {
     __device__ static int column(int i, int lane) { return i / 2 * 16 + 4 * (lane % 4) + i % 2 * 2; }
 };
 
-// What a thread has added up of a row, in so many parts, with weights of which the largest is 1.
+// What a thread has added up of a row, in so many parts, with weights of which the largest is 1. What is infinite may
+// become NaN where its weight becomes 0.
 template <int kNumParts>
 struct Sums {
     float number[kNumParts][kNumbersPerThread] = {};
@@ -169,7 +169,7 @@ template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPiec
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
     static_assert(!kSharesPieces || kPartsAtOnce == 1);
-    constexpr int kPiecesAtOnce = Numbers::kPiecesAtOnce / kPartsAtOnce;
+    constexpr int kPiecesAtOnce = Numbers::kLoadsAtOnce / kPartsAtOnce;
     constexpr int kPartsPerCta = kSharesPieces ? 1 : kWarpsPerCta * kPartsAtOnce;
     constexpr int kPartGroups = kParts / kPartsPerCta;
     extern __shared__ CutTile cut_tiles[];  // [num_workers]
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
                 log2_sum[i] = -INFINITY;
                 if (piece >= end) continue;
                 log2_sum[i] = params.lse_partial[tile_row(piece) + row];
-                // Zeros where the piece has no keys.
+                // Zeros where the piece has no keys, which are not used.
 #pragma unroll
                 for (int part = 0; part < kPartsAtOnce; ++part)
                     numbers[i][part].load(params, tile_row(piece), row, first_column + part * kBoxColumns, lane);
@@ -257,9 +257,9 @@ Kernel choose(DenseDecodeParams const& params, int num_sms) {
     WorkerGrid const& grid = params.grid;
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
     int64_t const num_parts = num_tiles * grid.num_lanes * num_row_groups_of(params) * kParts;
-    if (grid.num_workers > Numbers::kPiecesAtOnce * num_tiles && num_parts <= kCtasPerSm * num_sms)
+    if (grid.num_workers > Numbers::kLoadsAtOnce * num_tiles && num_parts <= kCtasPerSm * num_sms)
         return split_kv_combine_kernel<Element, Numbers, 1, true>;
-    if (grid.num_workers < (Numbers::kPiecesAtOnce / 2 + 1) * num_tiles)
+    if (grid.num_workers < (Numbers::kLoadsAtOnce / 2 + 1) * num_tiles)
         return split_kv_combine_kernel<Element, Numbers, 2, false>;
     return split_kv_combine_kernel<Element, Numbers, 1, false>;
 }

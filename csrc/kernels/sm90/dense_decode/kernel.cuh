@@ -24,6 +24,8 @@
 //   the rest      1016   rescale factors and flags, 1 / row sum, page orders, pieces, barriers: 8 more would not fit
 //
 // Barriers (mbarriers)   arrivals                           waited for by
+//   rows_staged          4 warps of scores + 65536 B        scores, before they read the first query rows: then its place
+//                                                           is wanted for 1 / row sum
 //   latent_full[stage]   who starts the copies + 65536 B    scores
 //   rope_full[place]     who starts the copy + 8192 B       scores
 //   p_ready[slot]        the quads of scores                output: P, rescale factors and the next page are there, and
@@ -38,13 +40,13 @@
 // clang-format on
 // The scores warpgroup has a hardware barrier of its own, before RoPE columns are copied and around the query rows; an
 // output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query rows, which pass
-// through the last stage, are in registers. All that ordinary stores put where wgmma or a copy comes next passes a
-// proxy fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each
-// quad, which itself arrives at the barrier that orders it.
+// through the last stage (the 64th through a place of P), are in registers. All that ordinary stores put where wgmma or
+// a copy comes next passes a proxy fence before its barrier. What lanes read or write for their rows is read or written
+// by the first lane of each quad, which itself arrives at the barrier that orders it.
 //
 // One block, where the tensor cores are the limit: S of block i+1 is issued; once all of it is, the tensor cores have
-// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1. Where
-// memory is the limit P is released at once.
+// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1. Without
+// a cluster P is held back like that only where block i+1 has come already, else released at once.
 //
 // Numerics: scores in float32, softmax in the log2 domain with a lazily raised maximum (online_softmax.h), P in the
 // input type, O in float32. A row that sees no key gives 0 and +inf. Keys behind the last one are cleared from V.

@@ -61,7 +61,7 @@ private:
             if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             issue(p, outputs);
-            bool const scores_are_ahead = Traits::kTensorBound && num_keys - kPageSize > num_keys_after;
+            bool const scores_are_ahead = Traits::kIsInCluster && num_keys - kPageSize > num_keys_after;
             if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);

@@ -69,7 +69,7 @@ private:
             cute::warpgroup_wait<1>();
             if (holds_previous) {
                 release_probabilities(at.slot() ^ (Traits::kNumSlots - 1));
-                if (!Traits::kTensorBound) refill_rope();
+                if (!Traits::kIsInCluster) refill_rope();
             } else {
                 refill_rope();
             }
@@ -81,7 +81,7 @@ private:
             cute::cp_async_wait<0>();
             if (is_masked) mask(scores, blocks_left);
             write_probabilities(scores, softmax);
-            if (blocks_left == 0 || !(Traits::kTensorBound || next_block_is_there())) {
+            if (blocks_left == 0 || !(Traits::kIsInCluster || next_block_is_there())) {
                 release_probabilities(at.slot());
                 blocks_left |= kReleased;
             }

@@ -29,10 +29,10 @@ struct DenseDecodeTraits {
     // CTAs with other query rows of the same request: each copies its share of the latent columns to all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
-    // Where the tensor cores are the limit, the outputs of a block wait until the scores of the next are on their way,
-    // so that they run under its softmax. Where memory is the limit, that would hold a block back until the next has
-    // come.
-    static constexpr bool kTensorBound = kClusterSize > 1;
+    // In a cluster the tensor cores are the limit: the outputs of a block always wait until the scores of the next are
+    // on their way, so that they run under its softmax. A CTA alone, for which it may be the memory, would be held back
+    // by that until the next block has come.
+    static constexpr bool kIsInCluster = kClusterSize > 1;
 
     using Pieces = PiecesOf<kSummation, kBlockM, kClusterSize>;
 
@@ -51,10 +51,10 @@ struct DenseDecodeTraits {
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
-    // Places of P and of RoPE columns. Where memory is the limit the next RoPE columns need all of a block's time to
-    // come.
-    static constexpr int kNumSlots = kTensorBound ? 2 : 1;
-    static constexpr int kRopePlaces = kTensorBound ? 1 : 2;
+    // Places of P and of RoPE columns. A CTA alone asks for the RoPE columns of a block two blocks ahead, or it would
+    // seldom find that they have come when it decides whether P can wait.
+    static constexpr int kNumSlots = kIsInCluster ? 2 : 1;
+    static constexpr int kRopePlaces = kIsInCluster ? 1 : 2;
     static constexpr int kLookUpWarp = 1;     // of the scores warpgroup
     static constexpr int kFirstLoader = 128;  // thread that begins, in the first output warpgroup
 
@@ -109,7 +109,7 @@ struct DenseDecodeTraits {
         bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
         union {
             float inverse_sum[kBlockM];
-            alignas(8) TransactionBarrier rows_staged;  // until then
+            alignas(8) TransactionBarrier rows_staged;  // until the first query rows are in registers
         };
         LoadCursor<Pieces> loads;
         LoadOrder order[kNumOrders];
