@@ -69,10 +69,8 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
         for (auto& consumed : barriers.consumed[stage]) consumed.init(4 * Traits::kClusterSize);
     }
     for (auto& rope_full : barriers.rope_full) rope_full.init(1);
-    for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
-        barriers.p_ready[slot].init(4 * kQuadsPerWarp);
-        barriers.p_consumed[slot].init(8 * kQuadsPerWarp);
-    }
+    for (auto& p_ready : barriers.p_ready) p_ready.init(4 * kQuadsPerWarp);
+    for (auto& p_consumed : barriers.p_consumed) p_consumed.init(8 * kQuadsPerWarp);
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
 }

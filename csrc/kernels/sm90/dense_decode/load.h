@@ -243,7 +243,7 @@ struct QRegisters {
         constexpr int kPitch = kHeadDimV * sizeof(typename Traits::Element) + 16;
         static_assert((kBlockM - 1) * kPitch <= sizeof(shared.latent[0]));
         constexpr int kLast = (kBlockM - 1) * 16 % 128;
-        if (row == kBlockM - 1) return reinterpret_cast<char*>(shared.p[0]) + kLast;
+        if (row == kBlockM - 1) return reinterpret_cast<char*>(shared.p) + kLast;
         return reinterpret_cast<char*>(shared.latent[Traits::kNumStages - 1]) + row * kPitch;
     }
 

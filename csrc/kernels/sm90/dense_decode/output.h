@@ -22,8 +22,8 @@ struct OutputMainloop {
     KMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
-    int thread;  // in the warpgroup
-    BlockPosition<Traits> at = {};
+    int thread;               // in the warpgroup
+    uint32_t half_count = 0;  // halves of blocks, by keys
     uint32_t piece_count = 0;
 
     __device__ void run() {
@@ -38,8 +38,14 @@ struct OutputMainloop {
     }
 
 private:
-    __device__ int half() const { return role == WarpgroupRole::kOutputHigh; }
-    __device__ int first_chunk() const { return half() * Traits::kChunksPerHalf; }
+    __device__ BlockPosition<Traits> at() const { return {half_count / 2}; }
+    __device__ int column_half() const { return role == WarpgroupRole::kOutputHigh; }
+    __device__ int first_chunk() const { return column_half() * Traits::kChunksPerHalf; }
+    // Of the current half of the keys, where the first chunk of V has them.
+    __device__ Element* keys_now() const {
+        return shared.latent[at().stage()][first_chunk()] +
+               half_count % 2 * (Traits::kKeysPerHalf * Traits::kChunkColumns);
+    }
     __device__ uint32_t barrier() const { return warpgroup_barrier(role); }
 
     // Looked up anew each time: not even its address, or what kind it is, should occupy a register meanwhile.
@@ -55,19 +61,25 @@ private:
         cute::clear(outputs);
         int num_keys = piece.seqlen - piece.begin_block * kPageSize;
         int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
-        for (; num_keys > num_keys_after; num_keys -= kPageSize) {
-            SwizzledOperand<128> const p(shared_address(shared.p) + at.slot() * sizeof(shared.p[0]));
-            shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
-            if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
-            if (num_keys < kPageSize) clear_keys_from(num_keys);
+#pragma unroll 1
+        for (; num_keys > num_keys_after; num_keys -= Traits::kKeysPerHalf) {
+            int const half = half_count % 2;
+            SwizzledOperand<128> const p(shared_address(shared.p) + half * (Traits::kKeysPerHalf * sizeof(Element)));
+            shared.barriers.p_ready[half].wait(at().p_phase());
+            if (flag_for_warp(shared.must_rescale[half][thread / 32])) rescale(outputs);
+            if (num_keys < Traits::kKeysPerHalf) clear_keys_from(max(num_keys, 0));
             issue(p, outputs);
-            bool const scores_are_ahead = Traits::kIsInCluster && num_keys - kPageSize > num_keys_after;
-            if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
+            if (role == WarpgroupRole::kOutputLow && thread == 0 && half == 0)
+                loader().load_rope(at().later(Traits::kRopePlaces));
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);
-            announce_consumed();
-            if (thread == 0 && loader().copies_half(half())) loader().fill_half(at.later(Traits::kNumStages), half());
-            at.advance();
+            quads_arrive(shared.barriers.p_consumed[half]);
+            if (half == 1) {
+                if (thread % 32 == 0) shared.barriers.announce_consumed(at().stage(), column_half());
+                if (thread == 0 && loader().copies_half(column_half()))
+                    loader().fill_half(at().later(Traits::kNumStages), column_half());
+            }
+            ++half_count;
         }
         store(outputs);
     }
@@ -83,8 +95,8 @@ private:
     __device__ void clear_keys_from(int num_keys) {
 #pragma unroll
         for (int chunk = 0; chunk < Traits::kChunksPerHalf; ++chunk) {
-            auto* const words = reinterpret_cast<uint4*>(shared.latent[at.stage()][first_chunk() + chunk]);
-            for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
+            auto* const words = reinterpret_cast<uint4*>(keys_now() + chunk * Traits::kChunkElements);
+            for (int i = num_keys * 8 + thread; i < Traits::kKeysPerHalf * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
         }
         cutlass::arch::fence_view_async_shared();
         cutlass::arch::NamedBarrier::sync(128, barrier());
@@ -93,14 +105,13 @@ private:
     __device__ void issue(SwizzledOperand<128> const& p, Outputs& outputs) {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        Tensor const s_v =
-            make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
+        Tensor const s_v = make_tensor(make_smem_ptr(keys_now()), typename Traits::LayoutV{});
         Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
 
         fence_outputs(outputs);
         warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < size<2>(r_v); ++k) {
+        for (int k = 0; k < Traits::kKeysPerHalf / 16; ++k) {
             cute::gemm(mma, p.step(k), r_v(_, _, k), outputs);
         }
         warpgroup_commit_batch();
@@ -108,11 +119,6 @@ private:
     }
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
-
-    __device__ void announce_consumed() const {
-        quads_arrive(shared.barriers.p_consumed[at.slot()]);
-        if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
-    }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
@@ -182,7 +188,7 @@ private:
     }
 
     __device__ float* slot_row(int slot, int row) const {
-        return slot_outputs(params, slot, row) + half() * Traits::kHalfColumns;
+        return slot_outputs(params, slot, row) + column_half() * Traits::kHalfColumns;
     }
 
     // One of the two rows of each thread.
@@ -199,7 +205,8 @@ private:
     }
 
     __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {
-        return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + half() * Traits::kHalfColumns;
+        return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) +
+               column_half() * Traits::kHalfColumns;
     }
 
     // A row that saw no key is 0, whatever the values of the keys it did not see.
@@ -210,7 +217,7 @@ private:
     // Rows that do not exist have their place too.
     template <int h>
     __device__ void store_partial_row(Piece const& piece, int row, float inverse_sum, Outputs const& outputs) const {
-        int const lane = lane_now(), first_column = half() * Traits::kHalfColumns;
+        int const lane = lane_now(), first_column = column_half() * Traits::kHalfColumns;
         int const tile_row = partial_row(params.grid, piece.slot, lane, 0, kBlockM);
         uint32_t const exponent = exponent_above<h>(inverse_sum, outputs);
         params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, thread % 4)] =

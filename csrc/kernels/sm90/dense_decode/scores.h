@@ -15,8 +15,8 @@ struct ScoresMainloop {
     using SharedStorage = typename Traits::SharedStorage;
 
     using MmaSharedQ = typename Traits::MmaScoresSharedQ;
-    using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScoresSharedQ{},
-                                                       cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
+    using Scores = decltype(cute::partition_fragment_C(
+        typename Traits::MmaScoresSharedQ{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kKeysPerHalf>>{}));
     static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;  // per thread
     static constexpr int kRegisterSteps = QRegisters<Traits>::kNumSteps;
 
@@ -44,9 +44,7 @@ private:
     __device__ Piece const& next_piece() const { return shared.pieces.wait(shared.pieces.next_scores); }
 
     __device__ void write_all_probabilities(OnlineSoftmax& softmax) {
-        // A bit tells that P of the block before is released, or that there is none, in the same register.
-        constexpr uint32_t kReleased = 1u << 31;
-        uint32_t blocks_left = next_piece().num_blocks() | kReleased;
+        uint32_t blocks_left = next_piece().num_blocks();
         if (at.count > 0) q.finish();
         cute::cp_async_wait<0>();
         cutlass::arch::fence_view_async_shared();
@@ -58,35 +56,29 @@ private:
                     reinterpret_cast<uint64_t*>(&shared.rows_staged));  // its place is wanted
         }
 
-        Scores scores;
+        Scores low, high;
 #pragma unroll 1
         do {
-            bool const holds_previous = (blocks_left & kReleased) == 0;
-            blocks_left = (blocks_left & ~kReleased) - 1;
-            issue_scores(scores);
-            // The output of the block before may begin: by the time it does, the tensor cores are nearly through with
-            // these scores, and then busy with the output while the softmax is computed.
-            cute::warpgroup_wait<1>();
-            if (holds_previous) {
-                release_probabilities(at.slot() ^ (Traits::kNumSlots - 1));
-                if (!Traits::kIsInCluster) refill_rope();
-            } else {
-                refill_rope();
-            }
+            --blocks_left;
+            issue_low_and_begin_high(low, high);
             if (is_look_up_warp()) loader().look_up(at.later(Traits::kNumStages));
             bool const is_masked = num_keys_of_all(blocks_left) < kPageSize;
+            cute::warpgroup_wait<1>();
+            cute::warpgroup_fence_operand(low);
+            if (is_masked) mask(low, 0, blocks_left);
+            write_probabilities(low, 0, softmax,
+                                [&](int tile) { issue_high(high, steps_before(tile), steps_before(tile + 1)); });
+            release_probabilities(0);
+            issue_high(high, steps_before(kTiles), kRegisterSteps);
             cute::warpgroup_wait<0>();
-            cute::warpgroup_fence_operand(scores);
+            cute::warpgroup_fence_operand(high);
             // The page looked up meanwhile is there for who sees p_ready.
             cute::cp_async_wait<0>();
-            if (is_masked) mask(scores, blocks_left);
-            write_probabilities(scores, softmax);
-            if (blocks_left == 0 || !(Traits::kIsInCluster || next_block_is_there())) {
-                release_probabilities(at.slot());
-                blocks_left |= kReleased;
-            }
+            if (is_masked) mask(high, 1, blocks_left);
+            write_probabilities(high, 1, softmax, [](int) {});
+            release_probabilities(1);
             at.advance();
-        } while (blocks_left != kReleased);
+        } while (blocks_left > 0);
         sync_warpgroup();
         load_next_q();
     }
@@ -127,13 +119,13 @@ private:
     }
     __device__ int num_keys_of_all(uint32_t blocks_left) const { return num_keys(current_piece(), 0, blocks_left); }
 
-    __device__ void mask(Scores& scores, uint32_t blocks_left) const {
+    __device__ void mask(Scores& scores, int half, uint32_t blocks_left) const {
         int const thread = thread_in_warpgroup_now();
         Piece const& piece = current_piece();
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             int const token = query_row(params, piece.place, fragment_row(thread, h)).token;
-            int const end = num_keys(piece, token, blocks_left);
+            int const end = num_keys(piece, token, blocks_left) - half * Traits::kKeysPerHalf;
 #pragma unroll
             for (int i = 2 * h; i < kNumScores; i += 4) {
                 int const key = fragment_column(thread, i / 4);
@@ -143,17 +135,58 @@ private:
         }
     }
 
-    // Starts the scores of the current block, in two batches: the RoPE columns, whose place is wanted soon, and the
-    // others.
-    __device__ void issue_scores(Scores& scores) {
+#ifndef FM_BEGIN
+#define FM_BEGIN 12
+#endif
+#ifndef FM_PART
+#define FM_PART 3
+#endif
+    static constexpr uint32_t kHalfBytes = Traits::kKeysPerHalf * 128;  // of the rows of a chunk
+    static constexpr int kTiles = Traits::kKeysPerHalf / 8;             // of a half of the keys
+    // How much of the second half's scores is issued before a tile of the first half is made to P.
+    static constexpr int kBeginSteps = FM_BEGIN, kStepsPerTile = FM_PART;
+    static constexpr int steps_before(int tile) { return kBeginSteps + kStepsPerTile * tile; }
+    static_assert(steps_before(kTiles) <= kRegisterSteps);
+
+    // Starts the scores of the first half of the keys, and the begin of those of the second.
+    __device__ void issue_low_and_begin_high(Scores& low, Scores& high) {
         auto const& rope_full = shared.barriers.rope_full[at.rope_place()];
         auto const& latent_full = shared.barriers.latent_full[at.stage()];
         bool const has_rope = rope_full.try_wait(at.rope_phase()), has_latent = latent_full.try_wait(at.stage_phase());
         if (!has_rope) rope_full.wait(at.rope_phase());
-        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope)),
-            rope(shared_address(shared.rope) + at.rope_place() * sizeof(shared.rope[0]));
-        cute::warpgroup_fence_operand(scores);
+        if (!has_latent) latent_full.wait(at.stage_phase());
+        cute::warpgroup_fence_operand(low);
+        cute::warpgroup_fence_operand(high);
+        SwizzledOperand<128> const latent_low(latent_address(0)), latent_high(latent_address(1));
+        SwizzledOperand<32> const q_last_step(shared_address(shared.q_last_step));
         cute::warpgroup_arrive();
+        // The place of the RoPE columns is wanted first.
+        multiply_rope(low, 0);
+        multiply_rope(high, 1);
+        cute::gemm(MmaSharedQ{}, q_last_step.step(0), latent_low.step(kRegisterSteps), low);
+        multiply_register_q(low, latent_low, 0, kRegisterSteps);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_arrive();
+        cute::gemm(MmaSharedQ{}, q_last_step.step(0), latent_high.step(kRegisterSteps), high);
+        multiply_register_q(high, latent_high, 0, kBeginSteps);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_fence_operand(low);
+        cute::warpgroup_fence_operand(high);
+    }
+    __device__ void issue_high(Scores& high, int begin, int end) {
+        if (begin == end) return;
+        SwizzledOperand<128> const latent(latent_address(1));
+        cute::warpgroup_arrive();
+        multiply_register_q(high, latent, begin, end);
+        cute::warpgroup_commit_batch();
+    }
+    __device__ uint32_t latent_address(int half) const {
+        return shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]) + half * kHalfBytes;
+    }
+    __device__ void multiply_rope(Scores& scores, int half) {
+        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope));
+        SwizzledOperand<128> const rope(shared_address(shared.rope) + at.rope_place() * sizeof(shared.rope[0]) +
+                                        half * kHalfBytes);
         MmaSharedQ mma;
         mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
 #pragma unroll
@@ -161,75 +194,60 @@ private:
             cute::gemm(mma, q_rope.step(step), rope.step(step), scores);
             mma.accumulate_ = cute::GMMA::ScaleOut::One;
         }
-        cute::warpgroup_commit_batch();
-        if (!has_latent) latent_full.wait(at.stage_phase());
-        SwizzledOperand<128> const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
-        SwizzledOperand<32> const q_last_step(shared_address(shared.q_last_step));
-        cute::warpgroup_arrive();
-        cute::gemm(mma, q_last_step.step(0), latent.step(kRegisterSteps), scores);
-        multiply_register_q(scores, latent);
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_fence_operand(scores);
     }
 
-    // Whether the scores of the next block could begin at once. The same for a warp.
-    __device__ bool next_block_is_there() const {
-        BlockPosition<Traits> const next = at.later(1);
-        return __all_sync(~0u, shared.barriers.rope_full[next.rope_place()].test_wait(next.rope_phase()) &&
-                                   shared.barriers.latent_full[next.stage()].test_wait(next.stage_phase()));
-    }
-
-    // Copies the RoPE columns of a later block to where those of the current one were.
-    __device__ void refill_rope() const {
-        sync_warpgroup();
-        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(Traits::kRopePlaces));
-    }
-
-    __device__ void multiply_register_q(Scores& scores, SwizzledOperand<128> const& latent) {
+    __device__ void multiply_register_q(Scores& scores, SwizzledOperand<128> const& latent, int begin, int end) {
         using namespace cute;
         typename Traits::MmaScoresRegisterQ mma;
         Tensor const r_q = make_tensor(
             make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
             Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
 #pragma unroll
-        for (int step = 0; step < kRegisterSteps; ++step) cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
-    }
-
-    // Turns the scores of the current block into P, in shared memory, and says what O must be rescaled with before.
-    __device__ void write_probabilities(Scores& scores, OnlineSoftmax& softmax) const {
-        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
-        float rescale[kRowsPerThread];
-        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
-        if (must_rescale) store_rescale(rescale);
-        softmax.exponentiate(scores, params.softmax_scale_log2);
-        shared.barriers.p_consumed[slot].wait(at.slot_phase() ^ 1);
-        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
-        int const row = 16 * warp + lane % 16;
-        uint32_t const row_address = shared_address(shared.p[slot]) + row * 128;
-#pragma unroll
-        for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
-            uint32_t word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                word[i] = pack_pair(scores[8 * pair + 2 * i], scores[8 * pair + 2 * i + 1], Element{});
-            }
-            store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
+        for (int step = 0; step < kRegisterSteps; ++step) {
+            if (begin <= step && step < end) cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
         }
     }
 
-    // There is one place for the factors, and the block before may need it still: a rare wait.
-    __device__ void store_rescale(float const (&rescale)[kRowsPerThread]) const {
+    // Turns the scores of one half of the keys into P, in shared memory, and says what O must be rescaled with before.
+    // Calls `before_tile` before each tile of 8 columns.
+    template <typename BeforeTile>
+    __device__ void write_probabilities(Scores& scores, int half, OnlineSoftmax& softmax, BeforeTile&& before_tile) {
+        float rescale[kRowsPerThread];
+        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
+        if (must_rescale) store_rescale(half, rescale);
+        shared.barriers.p_consumed[half].wait(at.p_phase() ^ 1);
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32;
+        if (lane == 0) shared.must_rescale[half][warp] = must_rescale;
+        int const row = 16 * warp + lane % 16;
+        uint32_t const row_address = shared_address(shared.p) + row * 128;
+#pragma unroll
+        for (int pair = 0; pair < kTiles / 2; ++pair) {  // two tiles
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                int const tile = 2 * pair + i;
+                before_tile(tile);
+                softmax.exponentiate(scores, tile, params.softmax_scale_log2);
+                word[2 * i] = pack_pair(scores[4 * tile], scores[4 * tile + 1], Element{});
+                word[2 * i + 1] = pack_pair(scores[4 * tile + 2], scores[4 * tile + 3], Element{});
+            }
+            int const first_tile = half * kTiles + 2 * pair;
+            store_matrix_x4(row_address + (((first_tile + lane / 16) ^ (row % 8)) * 16), word);
+        }
+    }
+
+    // There is one place for the factors, and the half before may need it still: a rare wait.
+    __device__ void store_rescale(int half, float const (&rescale)[kRowsPerThread]) const {
         int const thread = thread_in_warpgroup_now();
-        BlockPosition<Traits> const before = at.later(Traits::kNumSlots - 1);  // with another number the same slot
-        shared.barriers.p_consumed[before.slot()].wait(before.slot_phase() ^ 1);
+        shared.barriers.p_consumed[half ^ 1].wait(half == 0 ? at.p_phase() ^ 1 : at.p_phase());
         if (thread % 4 != 0) return;
         shared.rescale[fragment_row(thread, 0)] = rescale[0];
         shared.rescale[fragment_row(thread, 1)] = rescale[1];
     }
 
-    __device__ void release_probabilities(int slot) const {
+    __device__ void release_probabilities(int half) const {
         cutlass::arch::fence_view_async_shared();
-        quads_arrive(shared.barriers.p_ready[slot]);
+        quads_arrive(shared.barriers.p_ready[half]);
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.

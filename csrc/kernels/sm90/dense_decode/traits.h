@@ -29,10 +29,6 @@ struct DenseDecodeTraits {
     // CTAs with other query rows of the same request: each copies its share of the latent columns to all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
-    // In a cluster the tensor cores are the limit: the outputs of a block always wait until the scores of the next are
-    // on their way, so that they run under its softmax. A CTA alone, for which it may be the memory, would be held back
-    // by that until the next block has come.
-    static constexpr bool kIsInCluster = kClusterSize > 1;
 
     using Pieces = PiecesOf<kSummation, kBlockM, kClusterSize>;
 
@@ -51,10 +47,9 @@ struct DenseDecodeTraits {
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
-    // Places of P and of RoPE columns. A CTA alone asks for the RoPE columns of a block two blocks ahead, or it would
-    // seldom find that they have come when it decides whether P can wait.
-    static constexpr int kNumSlots = kIsInCluster ? 2 : 1;
-    static constexpr int kRopePlaces = kIsInCluster ? 1 : 2;
+    // Scores, P and outputs are computed for one half of a block's keys after the other.
+    static constexpr int kKeysPerHalf = kPageSize / 2;
+    static constexpr int kRopePlaces = 2;
     static constexpr int kLookUpWarp = 1;     // of the scores warpgroup
     static constexpr int kFirstLoader = 128;  // thread that begins, in the first output warpgroup
 
@@ -71,11 +66,11 @@ struct DenseDecodeTraits {
     static constexpr auto kK = cute::GMMA::Major::K;
     static constexpr auto kMN = cute::GMMA::Major::MN;
     using MmaScoresRegisterQ =
-        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_RS<kK, kK>,
-                                                         cute::SM90_64x64x16_F32F16F16_RS<kK, kK>>{}));
+        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x32x16_F32BF16BF16_RS<kK, kK>,
+                                                         cute::SM90_64x32x16_F32F16F16_RS<kK, kK>>{}));
     using MmaScoresSharedQ =
-        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x64x16_F32BF16BF16_SS<kK, kK>,
-                                                         cute::SM90_64x64x16_F32F16F16_SS<kK, kK>>{}));
+        decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x32x16_F32BF16BF16_SS<kK, kK>,
+                                                         cute::SM90_64x32x16_F32F16F16_SS<kK, kK>>{}));
     using MmaOutput =
         decltype(cute::make_tiled_mma(std::conditional_t<kIsBFloat16, cute::SM90_64x256x16_F32BF16BF16_SS<kK, kMN>,
                                                          cute::SM90_64x256x16_F32F16F16_SS<kK, kMN>>{}));
@@ -85,8 +80,8 @@ struct DenseDecodeTraits {
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
         TransactionBarrier rope_full[kRopePlaces];
-        Barrier p_ready[kNumSlots], p_consumed[kNumSlots];
-        Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
+        Barrier p_ready[2], p_consumed[2];  // per half of the keys
+        Barrier consumed[kNumStages][2];    // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
 
         // By four warps of each CTA, one thread each: the half goes free in the CTA that copies it to all of them.
@@ -103,10 +98,10 @@ struct DenseDecodeTraits {
         alignas(1024) Element q_rope[kChunkElements];
         alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
         alignas(1024) Element rope[kRopePlaces][kChunkElements];
-        alignas(1024) Element p[kNumSlots][kChunkElements];
+        alignas(1024) Element p[kChunkElements];
         alignas(1024) Element q_last_step[kBlockM * 16];  // of the latent columns, with the 32-byte swizzle
         float rescale[kBlockM];
-        bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
+        bool must_rescale[2][4];  // before a half of the keys, per warp of a warpgroup: its 16 rows
         union {
             float inverse_sum[kBlockM];
             alignas(8) TransactionBarrier rows_staged;  // until the first query rows are in registers
@@ -129,8 +124,7 @@ struct BlockPosition {
     // Of `consumed`, that lets this block into its stage. The last stage was consumed once more, by who had query rows
     // there.
     __device__ uint32_t consumed_phase() const { return (count - (Traits::kNumStages - 1)) / Traits::kNumStages % 2; }
-    __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
-    __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
+    __device__ uint32_t p_phase() const { return count % 2; }
     __device__ uint32_t rope_place() const { return count % Traits::kRopePlaces; }
     __device__ uint32_t rope_phase() const { return count / Traits::kRopePlaces % 2; }
     __device__ uint32_t order() const { return count % Traits::kNumOrders; }

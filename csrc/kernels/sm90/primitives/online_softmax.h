@@ -51,18 +51,16 @@ struct OnlineSoftmax {
         return true;
     }
 
-    // Turns scores into probabilities in place.
+    // Turns the scores of one tile of 8 columns into probabilities in place.
     template <typename Scores>
-    __device__ void exponentiate(Scores& score, float scale_log2) {
+    __device__ void exponentiate(Scores& score, int tile, float scale_log2) {
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             float const offset = reference[h] == kMinusInfinity ? 0.f : -reference[h];
-#pragma unroll
-            for (int i = 2 * h; i < kNumScores<Scores>; i += 4) {
-                score[i] = exp2_approx(fmaf(score[i], scale_log2, offset));
-                score[i + 1] = exp2_approx(fmaf(score[i + 1], scale_log2, offset));
-                row_sum[h] += score[i] + score[i + 1];
-            }
+            int const i = 4 * tile + 2 * h;
+            score[i] = exp2_approx(fmaf(score[i], scale_log2, offset));
+            score[i + 1] = exp2_approx(fmaf(score[i + 1], scale_log2, offset));
+            row_sum[h] += score[i] + score[i + 1];
         }
     }
 
