@@ -13,13 +13,13 @@
 //   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps looks
 //                      up pages and announces the pieces to the others
 //   output low (160)   O for columns 0–255; one of its warps loads the first blocks; copies that half of the next latent
-//                      columns to where V was and, where the tensor cores are the limit, the next RoPE columns
+//                      columns to where V was, and the next RoPE columns
 //   output high (160)  the same for columns 256–511, but for RoPE
 //
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
-//   rope, p   3 × 8192   K's RoPE columns, until they are multiplied; P (64 × 64), from the softmax of its block until O of
-//                        the block is done. In a cluster two places are P's, else two are RoPE's
+//   rope     2 × 8192    K's RoPE columns, until they are multiplied
+//   p            8192    P (64 × 64), each half of its columns from the softmax of these keys until their O is done
 //   q            10240   Q's RoPE columns and its last latent k-step; free for the next piece after the last S of a piece
 //   the rest      1016   rescale factors and flags, 1 / row sum, page orders, pieces, barriers: 8 more would not fit
 //
@@ -28,9 +28,10 @@
 //                                                           is wanted for 1 / row sum
 //   latent_full[stage]   who starts the copies + 65536 B    scores
 //   rope_full[place]     who starts the copy + 8192 B       scores
-//   p_ready[slot]        the quads of scores                output: P, rescale factors and the next page are there, and
-//                                                           the RoPE columns are multiplied
-//   p_consumed[slot]     the quads of output                scores, before they store P or rescale factors
+//   p_ready[k]           the quads of scores                output: P of half k of the keys and rescale factors are
+//                                                           there; with the first half the RoPE columns are multiplied,
+//                                                           with the second the next page is looked up
+//   p_consumed[k]        the quads of output                scores, before they store P or rescale factors
 //   consumed[stage][h]   4 warps of the output half h, of   who copies that half
 //                        every CTA; at first of scores,
 //                        for the query rows in the last stage
@@ -38,15 +39,16 @@
 //   stats_empty          the quads of output                scores
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
-// The scores warpgroup has a hardware barrier of its own, before RoPE columns are copied and around the query rows; an
-// output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query rows, which pass
-// through the last stage (the 64th through a place of P), are in registers. All that ordinary stores put where wgmma or
-// a copy comes next passes a proxy fence before its barrier. What lanes read or write for their rows is read or written
-// by the first lane of each quad, which itself arrives at the barrier that orders it.
+// The scores warpgroup has a hardware barrier of its own, around the query rows; an output warpgroup has one for
+// clearing keys; and they wait by kFirstRowsBarrier until the first query rows, which pass through the last stage (the
+// 64th through the place of P), are in registers. All that ordinary stores put where wgmma or a copy comes next passes
+// a proxy fence before its barrier. What lanes read or write for their rows is read or written by the first lane of
+// each quad, which itself arrives at the barrier that orders it.
 //
-// One block, where the tensor cores are the limit: S of block i+1 is issued; once all of it is, the tensor cores have
-// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1. Without
-// a cluster P is held back like that only where block i+1 has come already, else released at once.
+// One block is two halves of 32 keys, each with scores, references, P and outputs of its own. All of S of the first
+// half is issued and a part of the second; the rest of it goes between the exponentials of the first half, the last
+// steps after its P is released, so that O follows on the tensor cores without a gap. The softmax of the second half
+// runs under O of the first, that O under S of the next block.
 //
 // Numerics: scores in float32, softmax in the log2 domain with a lazily raised maximum (online_softmax.h), P in the
 // input type, O in float32. A row that sees no key gives 0 and +inf. Keys behind the last one are cleared from V.

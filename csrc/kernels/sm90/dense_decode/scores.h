@@ -1,4 +1,5 @@
-// The scores warpgroup: S = Q·Kᵀ on the tensor cores, softmax, P into shared memory for the output warpgroups.
+// The scores warpgroup: S = Q·Kᵀ on the tensor cores, softmax, P into shared memory for the output warpgroups,
+// for one half of a block's keys after the other.
 #pragma once
 
 #include "kernels/sm90/dense_decode/load.h"
