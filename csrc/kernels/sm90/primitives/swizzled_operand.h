@@ -1,4 +1,5 @@
-// K-major operands of wgmma in shared memory, as chunks of 64 rows × 16-bit columns that fill one span of the swizzle.
+// K-major operands of wgmma in shared memory, as chunks of 64 rows or fewer × 16-bit columns that fill one span of the
+// swizzle, and one that is read across.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -14,10 +15,10 @@ __device__ uint32_t shared_address(T const& object) {
 
 // Descriptors come from a base in a uniform register, where wgmma takes them from: a base in ordinary registers would
 // cost a transfer per step, which takes about as long as the step.
-template <int kSwizzleBytes>
+template <int kSwizzleBytes, int kRows = 64>
 class SwizzledOperand {
 public:
-    static constexpr int kRows = 64, kColumns = kSwizzleBytes / 2;
+    static constexpr int kColumns = kSwizzleBytes / 2;
     static constexpr uint32_t kChunkBytes = kRows * kColumns * 2;
     static constexpr int kStepsPerChunk = kColumns / 16;
 
@@ -38,6 +39,31 @@ public:
 private:
     static constexpr uint32_t kUnit = 16;
     static constexpr uint32_t kLeadingOffset = 1 << 16;  // unused with this swizzle
+
+    uint32_t low_word_;
+};
+
+// A chunk of 64 tokens × 64 columns whose columns are the rows of the operand, and the tokens its columns.
+class TransposedOperand {
+public:
+    static constexpr uint32_t kChunkBytes = 64 * 128;
+
+    __device__ explicit TransposedOperand(uint32_t shared_address)
+        : low_word_(uniform(shared_address / kUnit | kLeadingOffset)) {}
+
+    // The operand of the k-th step of 16 tokens of a later chunk: (1, 1), a descriptor.
+    __device__ auto step(int chunk, int k) const {
+        constexpr uint32_t kStrideOffset = 8 * 128 / kUnit;  // from 8 tokens to the next 8
+        constexpr uint32_t kSwizzle = 1u << 30, kStepBytes = 16 * 128;
+        uint32_t const offset = chunk * kChunkBytes + k * kStepBytes;
+        uint64_t const descriptor = uint64_t(kStrideOffset | kSwizzle) << 32 | (low_word_ + offset / kUnit);
+        return cute::make_tensor(cute::SM90::GMMA::DescriptorIterator{cute::GmmaDescriptor{descriptor}},
+                                 cute::Layout<cute::Shape<cute::_1, cute::_1>, cute::Stride<cute::_0, cute::_0>>{});
+    }
+
+private:
+    static constexpr uint32_t kUnit = 16;
+    static constexpr uint32_t kLeadingOffset = 1 << 16;  // from 64 columns to the next 64: there are none
 
     uint32_t low_word_;
 };

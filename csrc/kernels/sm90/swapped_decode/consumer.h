@@ -18,20 +18,27 @@ struct SwappedConsumer {
     using SharedStorage = typename Traits::SharedStorage;
     using Scores = decltype(cute::partition_fragment_C(typename Traits::MmaScores{},
                                                        cute::Shape<cute::_64, cute::Int<Traits::kRows>>{}));
-    using Outputs = decltype(cute::partition_fragment_C(
-        typename Traits::MmaOutput{}, cute::Shape<typename Traits::Columns, cute::Int<Traits::kRows>>{}));
+    using Outputs = decltype(cute::partition_fragment_C(typename Traits::MmaOutput{},
+                                                        cute::Shape<cute::Int<kHeadDimV>, cute::Int<Traits::kRows>>{}));
 
     static constexpr int kRows = Traits::kRows;
-    static constexpr int kRowTiles = Traits::kRowTiles, kOwnRowTiles = Traits::kOwnRowTiles;
-    static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
-    static constexpr int kOwnScores = 4 * kOwnRowTiles;
+    static constexpr int kRowTiles = Traits::kRowTiles;
+    static constexpr int kOwnRows = 2 * kRowTiles;  // rows of a thread's scores
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
+
+    static constexpr int kStepsPerChunk = Traits::kChunkColumns / 16;
+
+    // Half of the columns, as the accumulators hold them.
+    struct Part {
+        float4 vector[Traits::kChunksPerGroup][kRowTiles];
+    };
 
     DenseDecodeParams const& params;
     SharedStorage& shared;
-    int group, thread;  // thread of the group
-    int rank;           // of the CTA in its cluster
-    uint32_t block_count = 0, piece_count = 0;
+    int group, thread;             // thread of the group
+    int rank;                      // of the CTA in its cluster
+    RingPosition<Traits> at = {};  // begin of the piece
+    uint32_t piece_count = 0;
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
 
@@ -46,20 +53,21 @@ struct SwappedConsumer {
         while (has_piece) {
             Outputs outputs;
             int const num_active = add_blocks(piece, outputs);
-            share_statistics();
-            send(outputs, num_active);
+            Part part;
+            exchange(outputs, part);
+            send(part, num_active);
             // While results are on their way.
             Piece following;
             has_piece = next_with_keys(pieces, following);
-            if (Traits::kHasRoomForBoth && has_piece) load_q(following);
+            if (has_piece) {
+                release_until(at.results());
+                load_q(following);
+            }
             merge(piece, num_active);
             if (has_piece) {
+                cutlass::arch::fence_view_async_shared();
                 sync_consumers();
-                if (Traits::kHasRoomForBoth) {
-                    allow_sending();
-                } else {
-                    load_q(following);
-                }
+                release_until(at.after_results());
             }
             piece = following;
             ++piece_count;
@@ -80,10 +88,8 @@ private:
         int const head = piece.place.m_tile * kRows + row;
         return {0, piece.place.head_kv * params.heads_per_group + head, head < params.heads_per_group};
     }
-    // The i-th of the rows whose softmax this thread takes part in.
-    __device__ int own_row(int i) const {
-        return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
-    }
+    // The i-th of the rows that this thread has.
+    __device__ int own_row(int i) const { return fragment_column(thread, i / 2) + i % 2; }
 
     // Writes what pieces without keys get on the way.
     __device__ bool next_with_keys(typename Traits::Pieces& pieces, Piece& piece) const {
@@ -94,7 +100,7 @@ private:
         return false;
     }
 
-    // Returns how many CTAs of the cluster have blocks of the piece.
+    // The groups take turns. Returns how many CTAs of the cluster have blocks of the piece.
     __device__ int add_blocks(Piece const& piece, Outputs& outputs) {
         BlockRange const blocks(piece, rank, num_ctas());
         if (group == 0 && thread == 0 && !is_alone()) expect_results(blocks.num_active);
@@ -103,12 +109,24 @@ private:
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
         wait_for_q();
 #pragma unroll 1
-        for (int block = blocks.begin; block < blocks.end; ++block) {
-            add_block(piece, block, outputs, block == blocks.begin);
-            ++block_count;
+        for (int i = group; i < blocks.end - blocks.begin; i += Traits::kNumGroups) {
+            add_block(piece, blocks.begin + i, at.later(i * Traits::kThirds), outputs, i == group);
         }
-        if (!Traits::kHasRoomForBoth) sync_consumers();
+        at = at.later((blocks.end - blocks.begin) * Traits::kThirds);
+        // Nobody reads blocks or query rows any more.
+        sync_consumers();
+        allow_sending();
         return blocks.num_active;
+    }
+
+    // Lets blocks of the next piece come to places that this one does not need, or not any more.
+    __device__ void release_until(RingPosition<Traits> const& end) {
+        RingPosition<Traits> const third = at.later(lane());
+        if (group == 0 && third.count < end.count) {
+            shared.barriers.third_full[third.place()].wait(third.phase());
+            shared.barriers.third_empty[third.place()].arrive();
+        }
+        at = end;
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
@@ -138,83 +156,56 @@ private:
         sync_consumers();
     }
 
-    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first) {
-        uint32_t const stage = block_count % Traits::kNumStages;
-        shared.barriers.block_full[stage].wait(block_count / Traits::kNumStages % 2);
-        Scores partial_scores;
-        multiply_q(stage, partial_scores);
-        float scores[kOwnScores];
-        exchange(partial_scores, scores);
+    __device__ void add_block(Piece const& piece, int block, RingPosition<Traits> const& first, Outputs& outputs,
+                              bool is_first) {
+        Scores scores;
+        multiply_q(first, scores);
+        // The whole group is done with these columns of K, and with P and the flags of the block before.
+        sync_group();
         int const num_keys = piece.seqlen - block * kPageSize;
         if (num_keys - (params.causal ? params.seqlen_q - 1 : 0) < kPageSize) mask(piece, num_keys, scores);
-        if (num_keys < kPageSize) clear_keys_from(num_keys, stage);
+        if (num_keys < kPageSize) clear_keys_from(num_keys, first);
         if (is_first || !try_probabilities(scores)) {
             raise_references(scores);
             write_probabilities(scores);
             cutlass::arch::fence_view_async_shared();
-            sync_consumers();
-            if (!is_first && (shared.must_rescale[0] | shared.must_rescale[1])) rescale(outputs);
+            sync_group();
+            if (!is_first && shared.must_rescale[group]) rescale(outputs);
         }
-        multiply_v(stage, outputs);
-        if (lane() == 0) shared.barriers.block_empty[stage].arrive();
+        multiply_v(first, outputs);
+        if (lane() < Traits::kThirds) shared.barriers.third_empty[first.later(lane()).place()].arrive();
     }
 
-    // This group's share of the columns: half of the latent ones and half of RoPE.
-    __device__ void multiply_q(uint32_t stage, Scores& scores) const {
+    // Each third as it comes.
+    __device__ void multiply_q(RingPosition<Traits> const& first, Scores& scores) const {
         using namespace cute;
         typename Traits::MmaScores mma;
-        auto const slice = mma.get_slice(0);
-        int const chunk = group * Traits::kChunksPerGroup;
-        Tensor const s_latent = make_tensor(make_smem_ptr(shared.block[stage][chunk]), typename Traits::LayoutLatent{});
-        Tensor const s_rope =
-            make_tensor(make_smem_ptr(shared.block[stage][Traits::kLatentChunks]), typename Traits::LayoutRope{});
-        Tensor const s_q = make_tensor(make_smem_ptr(shared.q), typename Traits::LayoutQ{});
-        Tensor const latent = slice.partition_fragment_A(s_latent);
-        Tensor const rope = slice.partition_fragment_A(s_rope);
-        Tensor const q = slice.partition_fragment_B(s_q);  // (MMA, 1, k-step)
-        constexpr int kLatentSteps = Traits::kChunksPerGroup * 4, kRopeSteps = 4 / Traits::kNumGroups;
-        int const first_step = group * kLatentSteps, rope_step = group * kRopeSteps;
+        constexpr int kSteps = Traits::kChunksPerThird * kStepsPerChunk;
+        SwizzledOperand<128, kRows> const q(shared_address(shared.q));
         warpgroup_fence_operand(scores);
-        warpgroup_arrive();
         mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
-        for (int k = 0; k < kLatentSteps; ++k) {
-            cute::gemm(mma, latent(_, _, k), q(_, _, first_step + k), scores);
-            mma.accumulate_ = GMMA::ScaleOut::One;
-        }
+        for (int third = 0; third < Traits::kThirds; ++third) {
+            RingPosition<Traits> const position = first.later(third);
+            shared.barriers.third_full[position.place()].wait(position.phase());
+            SwizzledOperand<128> const k(third_address(position));
+            warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < kRopeSteps; ++k) {
-            cute::gemm(mma, rope(_, _, rope_step + k), q(_, _, Traits::kLatentChunks * 4 + rope_step + k), scores);
+            for (int step = 0; step < kSteps; ++step) {
+                gemm(mma, k.step(step)(_, 0), q.step(third * kSteps + step)(_, 0), scores(_, 0, 0));
+                mma.accumulate_ = GMMA::ScaleOut::One;
+            }
+            warpgroup_commit_batch();
         }
-        warpgroup_commit_batch();
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
     }
-
-    // Each group has the scores of all rows for its columns; it keeps one half of the rows and gives away the other.
-    __device__ void exchange(Scores const& partial, float (&scores)[kOwnScores]) const {
-#pragma unroll
-        for (int tile = 0; tile < kOwnRowTiles; ++tile) {
-            float given[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float const low = partial[4 * tile + i], high = partial[4 * (tile + kOwnRowTiles) + i];
-                scores[4 * tile + i] = group == 0 ? low : high;
-                given[i] = group == 0 ? high : low;
-            }
-            shared.exchanged[group][tile][thread] = float4{given[0], given[1], given[2], given[3]};
-        }
-        sync_consumers();
-#pragma unroll
-        for (int tile = 0; tile < kOwnRowTiles; ++tile) {
-            float4 const other = shared.exchanged[group ^ 1][tile][thread];
-            scores[4 * tile] += other.x, scores[4 * tile + 1] += other.y;
-            scores[4 * tile + 2] += other.z, scores[4 * tile + 3] += other.w;
-        }
+    __device__ uint32_t third_address(RingPosition<Traits> const& position) const {
+        return shared_address(shared.ring) + position.place() * sizeof(shared.ring[0]);
     }
 
     // Score 4·tile + 2·h + c is that of token fragment_row(thread, h) and row own_row(2·tile + c).
-    __device__ void mask(Piece const& piece, int num_keys, float (&scores)[kOwnScores]) const {
+    __device__ void mask(Piece const& piece, int num_keys, Scores& scores) const {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
             int const token = query_row_of(piece, own_row(i)).token;
@@ -226,19 +217,19 @@ private:
         }
     }
 
-    // Whatever the cache holds behind the last key may be NaN, and 0 · NaN is not 0. No other group reads these
-    // columns.
-    __device__ void clear_keys_from(int num_keys, uint32_t stage) {
-#pragma unroll
-        for (int chunk = 0; chunk < Traits::kChunksPerGroup; ++chunk) {
-            auto* const words = reinterpret_cast<uint4*>(shared.block[stage][group * Traits::kChunksPerGroup + chunk]);
+    // Whatever the cache holds behind the last key may be NaN, and 0 · NaN is not 0.
+    __device__ void clear_keys_from(int num_keys, RingPosition<Traits> const& first) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < Traits::kLatentChunks; ++chunk) {
+            auto* const words = reinterpret_cast<uint4*>(
+                shared.ring[first.later(chunk / Traits::kChunksPerThird).place()][chunk % Traits::kChunksPerThird]);
             for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
         }
     }
 
-    // Probabilities by the references as they are. Returns whether these still do, for all rows, after a barrier of all
-    // consumers.
-    __device__ bool try_probabilities(float const (&scores)[kOwnScores]) {
+    // Probabilities by the references as they are. Returns whether these still do, for all rows, after a barrier of the
+    // group.
+    __device__ bool try_probabilities(Scores const& scores) {
         bool within = true;
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
@@ -253,9 +244,8 @@ private:
         cutlass::arch::fence_view_async_shared();
         bool const all_within = __all_sync(~0u, within);
         if (lane() == 0) shared.exceeds[group][warp()] = !all_within;
-        sync_consumers();
-        uint2 const exceeds = *reinterpret_cast<uint2 const*>(shared.exceeds);
-        if ((exceeds.x | exceeds.y) == 0) return true;
+        sync_group();
+        if (*reinterpret_cast<uint32_t const*>(shared.exceeds[group]) == 0) return true;
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) row_sum[i] = previous_sum[i];
         return false;
@@ -263,7 +253,7 @@ private:
 
     // Raises the references where these scores ask for it. Tokens are spread over the lanes with the same lane % 4 and
     // over the warps of the group.
-    __device__ void raise_references(float const (&scores)[kOwnScores]) {
+    __device__ void raise_references(Scores const& scores) {
         float largest[kOwnRows];
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
@@ -274,14 +264,14 @@ private:
         }
         if (lane() < 4) {
 #pragma unroll
-            for (int tile = 0; tile < kOwnRowTiles; ++tile) {
+            for (int tile = 0; tile < kRowTiles; ++tile) {
                 *reinterpret_cast<float2*>(&shared.largest[group][warp()][8 * tile + 2 * lane()]) =
                     float2{largest[2 * tile], largest[2 * tile + 1]};
             }
         }
         sync_group();
 #pragma unroll
-        for (int tile = 0; tile < kOwnRowTiles; ++tile) {
+        for (int tile = 0; tile < kRowTiles; ++tile) {
             float2 x[4];
 #pragma unroll
             for (int w = 0; w < 4; ++w)
@@ -305,17 +295,17 @@ private:
             if (lane() == 0) shared.must_rescale[group] = raises_any;
             if (raises_any && lane() < 4) {
 #pragma unroll
-                for (int i = 0; i < kOwnRows; ++i) shared.rescale[own_row(i)] = factor[i];
+                for (int i = 0; i < kOwnRows; ++i) shared.rescale[group][own_row(i)] = factor[i];
             }
         }
     }
 
     // P to shared memory as (row, token), through stores that transpose 8×8 matrices.
-    __device__ void write_probabilities(float const (&scores)[kOwnScores]) {
-        uint32_t const p = shared_address(shared.p);
+    __device__ void write_probabilities(Scores const& scores) {
+        uint32_t const p = shared_address(shared.p[group]);
         float const scale = params.softmax_scale_log2;
 #pragma unroll
-        for (int tile = 0; tile < kOwnRowTiles; ++tile) {
+        for (int tile = 0; tile < kRowTiles; ++tile) {
             float probability[4];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
@@ -327,7 +317,7 @@ private:
                     row_sum[2 * tile + c] += x;
                 }
             }
-            int const row = group * kRows / Traits::kNumGroups + 8 * tile + lane() % 8;
+            int const row = 8 * tile + lane() % 8;
             uint32_t const address = p + row * 128 + ((2 * warp() + lane() / 8 % 2) ^ row % 8) * 16;
             store_matrix_x2_transposed(address, pack_pair(probability[0], probability[1], Element{}),
                                        pack_pair(probability[2], probability[3], Element{}));
@@ -340,11 +330,9 @@ private:
         for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                int const row = fragment_column(thread, tile) + c;
-                bool const raised = shared.must_rescale[row / (kRows / Traits::kNumGroups)];
-                float const factor = raised ? shared.rescale[row] : 1.f;
+                float const factor = shared.rescale[group][fragment_column(thread, tile) + c];
 #pragma unroll
-                for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+                for (int m = 0; m < Traits::kLatentChunks; ++m) {
 #pragma unroll
                     for (int h = 0; h < 2; ++h) outputs(cute::make_coord(c, h, tile), m, 0) *= factor;
                 }
@@ -352,19 +340,25 @@ private:
         }
     }
 
-    __device__ void multiply_v(uint32_t stage, Outputs& outputs) const {
+    __device__ void multiply_v(RingPosition<Traits> const& first, Outputs& outputs) const {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        auto const slice = mma.get_slice(0);
-        int const chunk = group * Traits::kChunksPerGroup;
-        Tensor const s_v = make_tensor(make_smem_ptr(shared.block[stage][chunk]), typename Traits::LayoutV{});
-        Tensor const s_p = make_tensor(make_smem_ptr(shared.p), typename Traits::LayoutP{});
-        Tensor const v = slice.partition_fragment_A(s_v);  // (MMA, chunk, k-step)
-        Tensor const p = slice.partition_fragment_B(s_p);  // (MMA, 1, k-step)
+        mma.accumulate_ = GMMA::ScaleOut::One;
+        SwizzledOperand<128, kRows> const p(shared_address(shared.p[group]));
         warpgroup_fence_operand(outputs);
         warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < size<2>(v); ++k) cute::gemm(mma, v(_, _, k), p(_, _, k), outputs);
+        for (int third = 0; third < Traits::kThirds; ++third) {
+            TransposedOperand const v(third_address(first.later(third)));
+#pragma unroll
+            for (int i = 0; i < Traits::kChunksPerThird; ++i) {
+                int const chunk = third * Traits::kChunksPerThird + i;
+                if (chunk == Traits::kLatentChunks) continue;  // RoPE
+#pragma unroll
+                for (int step = 0; step < kPageSize / 16; ++step)
+                    gemm(mma, v.step(i, step)(_, 0), p.step(step)(_, 0), outputs(_, chunk, 0));
+            }
+        }
         warpgroup_commit_batch();
         warpgroup_wait<0>();
         warpgroup_fence_operand(outputs);
@@ -390,22 +384,61 @@ private:
             shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
     }
 
-    // Reference and sum of each row, as far as this CTA has seen its keys, to shared memory.
-    __device__ void share_statistics() {
+    // Each group has the output of all columns for its keys; of half of the columns it gets the sum of both, and gives
+    // away the other half. What both have seen of the rows is in shared memory then.
+    __device__ void exchange(Outputs const& outputs, Part& part) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
             for (int distance = 4; distance < 32; distance *= 2)
                 row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], distance);
-            if (lane() < 4) shared.row_sum[warp()][own_row(i)] = row_sum[i];
-            if (thread < 4) shared.reference[own_row(i)] = reference[i];
+            if (lane() < 4) shared.row_sum[group][warp()][own_row(i)] = row_sum[i];
+            if (thread < 4) shared.reference[group][own_row(i)] = reference[i];
         }
-        if (!Traits::kHasRoomForBoth) allow_sending();
+#pragma unroll
+        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+#pragma unroll
+            for (int tile = 0; tile < kRowTiles; ++tile) {
+                float4 const low = fragment_of(outputs, m, tile);
+                float4 const high = fragment_of(outputs, Traits::kChunksPerGroup + m, tile);
+                part.vector[m][tile] = group == 0 ? low : high;
+                shared.results.exchanged[group][m * kRowTiles + tile][thread] = group == 0 ? high : low;
+            }
+        }
         sync_consumers();
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+            float2 const even = weights(own_row(2 * tile)), odd = weights(own_row(2 * tile + 1));
+#pragma unroll
+            for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+                float4& own = part.vector[m][tile];
+                float4 const other = shared.results.exchanged[group ^ 1][m * kRowTiles + tile][thread];
+                own.x = weighted_sum(own.x, other.x, even), own.y = weighted_sum(own.y, other.y, odd);
+                own.z = weighted_sum(own.z, other.z, even), own.w = weighted_sum(own.w, other.w, odd);
+            }
+        }
     }
+    // Of what this group has of a row, and of what the other has.
+    __device__ float2 weights(int row) const {
+        float const own = shared.reference[group][row], other = shared.reference[group ^ 1][row];
+        float const largest = fmaxf(own, other), offset = largest == kMinusInfinity ? 0.f : largest;
+        return {exp2_approx(own - offset), exp2_approx(other - offset)};
+    }
+    // The same bits in whichever group: the sum of two products that are rounded both.
+    __device__ static float weighted_sum(float own, float other, float2 const& weight) {
+        float const own_part = weight.x == 0.f ? 0.f : __fmul_rn(own, weight.x);
+        float const other_part = weight.y == 0.f ? 0.f : __fmul_rn(other, weight.y);
+        return own_part + other_part;
+    }
+    // Reference and sum of a row, as far as this CTA has seen its keys.
     __device__ float2 statistics(int row) const {
-        return {shared.reference[row],
-                (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row])};
+        float2 const weight = weights(row);
+        auto const sum_of = [&](int g) {
+            auto const& sum = shared.row_sum[g];
+            return (sum[0][row] + sum[1][row]) + (sum[2][row] + sum[3][row]);
+        };
+        return {fmaxf(shared.reference[0][row], shared.reference[1][row]),
+                weighted_sum(sum_of(group), sum_of(group ^ 1), weight)};
     }
 
     // A tile of 8 rows of a chunk of the output, as this thread holds it.
@@ -415,23 +448,23 @@ private:
     }
     __device__ float4& received_from(int sender, int own_chunk, int tile) const {
         int const slot = own_chunk * num_ctas() + sender;
-        return shared.received[slot * Traits::kVectorsPerChunk + tile * 128 + thread];
+        return shared.results.received[slot * Traits::kVectorsPerChunk + tile * 128 + thread];
     }
 
     // What this CTA has of the output, and the statistics of its rows, to where they are merged.
-    __device__ void send(Outputs const& outputs, int num_active) const {
-        if (!is_alone()) return send_to_cluster(outputs, num_active);
+    __device__ void send(Part const& part, int num_active) const {
+        if (!is_alone()) return send_to_cluster(part, num_active);
         if (int const row = group * 128 + thread; row < kRows) shared.received_statistics[0][row] = statistics(row);
 #pragma unroll
         for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
 #pragma unroll
             for (int tile = 0; tile < kRowTiles; ++tile)
-                received_from(0, group * Traits::kChunksPerGroup + m, tile) = fragment_of(outputs, m, tile);
+                received_from(0, group * Traits::kChunksPerGroup + m, tile) = part.vector[m][tile];
         }
     }
 
-    __device__ void send_to_cluster(Outputs const& outputs, int num_active) const {
-        shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
+    __device__ void send_to_cluster(Part const& part, int num_active) const {
+        shared.barriers.may_send.wait(piece_count % 2);
         uint32_t const barrier = shared_address(shared.barriers.received);
 #pragma unroll 1
         for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
@@ -448,7 +481,7 @@ private:
             uint32_t const remote_barrier = remote_address(barrier, target);
 #pragma unroll
             for (int tile = 0; tile < kRowTiles; ++tile)
-                store_remote(remote + tile * 128 * sizeof(float4), fragment_of(outputs, m, tile), remote_barrier);
+                store_remote(remote + tile * 128 * sizeof(float4), part.vector[m][tile], remote_barrier);
         }
     }
 

@@ -11,8 +11,9 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t stream) {
-    KMaps maps;
-    if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    CUtensorMap map;
+    if (cudaError_t const error = find_k_thirds_map<Traits::kIsBFloat16>(&map, params); error != cudaSuccess)
+        return error;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     if (cudaError_t const error = allow_shared_memory<swapped_decode_kernel<Traits>>(kSharedBytes);
         error != cudaSuccess)
@@ -27,7 +28,7 @@ cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, swapped_decode_kernel<Traits>, params, maps);
+    return cudaLaunchKernelEx(&config, swapped_decode_kernel<Traits>, params, map);
 }
 
 // Clusters of so many CTAs that a GPU runs at once.

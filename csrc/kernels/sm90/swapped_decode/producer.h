@@ -11,15 +11,18 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 struct SwappedProducer {
     DenseDecodeParams const& params;
-    KMaps const& maps;
+    CUtensorMap const& map;
     typename Traits::SharedStorage& shared;
     int rank;
-    uint32_t count = 0;
+    RingPosition<Traits> at = {};
 
     __device__ void run() {
         typename Traits::Pieces pieces(params);
         Piece piece;
-        while (next_with_keys(pieces, params, piece)) load(piece);
+        for (bool is_first = true; next_with_keys(pieces, params, piece); is_first = false) {
+            if (!is_first) leave_room_for_results();
+            load(piece);
+        }
     }
 
 private:
@@ -33,25 +36,29 @@ private:
             int const next_page = block + 1 < blocks.end ? __ldg(pages + block + 1) : 0;
             load_block(page, piece.place.head_kv);
             page = next_page;
-            ++count;
         }
     }
 
-    __device__ void load_block(int page, int head_kv) const {
-        uint32_t const stage = count % Traits::kNumStages;
-        shared.barriers.block_empty[stage].wait(count / Traits::kNumStages % 2 ^ 1);
-        auto& full = shared.barriers.block_full[stage];
-        full.arrive_and_expect_tx(Traits::kBlockBytes);
-        auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
+    __device__ void leave_room_for_results() {
+        for (RingPosition<Traits> const end = at.after_results(); at.count < end.count; ++at.count) {
+            wait_until_empty();
+            shared.barriers.third_full[at.place()].arrive();
+        }
+    }
+    __device__ void wait_until_empty() const { shared.barriers.third_empty[at.place()].wait(at.phase() ^ 1); }
+
+    __device__ void load_block(int page, int head_kv) {
         // KV that several lanes read should stay in the L2 until the last of them has it.
         auto const hint = static_cast<uint64_t>(params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                           : cute::TMA::CacheHintSm90::EVICT_FIRST);
-        auto& chunks = shared.block[stage];
-        for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kLatentChunks / 2) {
-            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, hint, chunks[chunk], 0, 0, chunk, head_kv, page);
+#pragma unroll 1
+        for (int third = 0; third < Traits::kThirds; ++third, ++at.count) {
+            wait_until_empty();
+            auto& full = shared.barriers.third_full[at.place()];
+            full.arrive_and_expect_tx(Traits::kThirdBytes);
+            cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), hint, shared.ring[at.place()], 0, 0,
+                                         third * Traits::kChunksPerThird, head_kv, page);
         }
-        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, hint, chunks[Traits::kLatentChunks],
-                                     Traits::kLatentChunks * Traits::kChunkColumns, 0, head_kv, page);
     }
 };
 

@@ -21,32 +21,22 @@ struct SwappedDecodeTraits {
 
     static constexpr int kNumGroups = 2;  // of consumers, a warpgroup each
     static constexpr int kConsumerThreads = kNumGroups * 128;
-    static constexpr int kNumThreads = kConsumerThreads + 32;  // and a warp that loads
+    // And a warp that loads; with 32 rows a warpgroup, which leaves its registers to the consumers.
+    static constexpr bool kMovesRegisters = kRows > 16;
+    static constexpr int kNumThreads = kConsumerThreads + (kMovesRegisters ? 128 : 32);
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // together 3 × 168, what a CTA starts with
 
-    static constexpr int kNumStages = 2;  // of KV blocks
     static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
-    static constexpr int kChunksPerGroup = kLatentChunks / kNumGroups;
+    static constexpr int kChunksPerGroup = kLatentChunks / kNumGroups;  // of the output, merged by a group
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
-    static constexpr int kBlockBytes = (kLatentChunks + 1) * kChunkElements * sizeof(Element);
-    static constexpr int kRowTiles = kRows / 8;                  // of 8 columns in a fragment
-    static constexpr int kOwnRowTiles = kRowTiles / kNumGroups;  // whose softmax a group computes
+    static constexpr int kRowTiles = kRows / 8;  // of 8 columns in a fragment
+
+    // KV blocks come in thirds, 3 chunks of 64 columns each, into a ring with room for as many as there can be.
+    static constexpr int kThirds = kKThirds, kChunksPerThird = kKChunksPerThird;
+    static constexpr int kThirdBytes = kChunksPerThird * kChunkElements * sizeof(Element);
+    static constexpr int kRingThirds = kRows <= 16 ? 8 : 7;
 
     using Pieces = PiecesOf<kSummation, kRows, 1>;
-
-    using KMajorAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
-    using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
-    using Columns = cute::Int<kChunksPerGroup * kChunkColumns>;  // of a group, latent
-    // (token, column)
-    using LayoutLatent = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, Columns>{}));
-    using LayoutRope =
-        decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kPageSize>, cute::Int<kChunkColumns>>{}));
-    // (row, column)
-    using LayoutQ = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
-    // The latent columns of a group as V: (column, token)
-    using LayoutV = decltype(cute::tile_to_shape(MNMajorAtom{}, cute::Shape<Columns, cute::Int<kPageSize>>{},
-                                                 cute::Step<cute::_2, cute::_1>{}));
-    // (row, token)
-    using LayoutP = decltype(cute::tile_to_shape(KMajorAtom{}, cute::Shape<cute::Int<kRows>, cute::Int<kPageSize>>{}));
 
     using Tile = cute::Shape<cute::_64, cute::Int<kRows>, cute::_16>;
     static constexpr auto kK = cute::GMMA::Major::K;
@@ -57,9 +47,9 @@ struct SwappedDecodeTraits {
         decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
 
     struct Barriers {
-        TransactionBarrier block_full[kNumStages];
-        Barrier block_empty[kNumStages];
-        Barrier may_send;             // every CTA of the cluster is done with its query rows, whose place results take
+        TransactionBarrier third_full[kRingThirds];
+        Barrier third_empty[kRingThirds];
+        Barrier may_send;             // every CTA of the cluster is done with its blocks, whose place results take
         TransactionBarrier received;  // the results of every CTA of the cluster for the columns of this one
     };
 
@@ -69,27 +59,25 @@ struct SwappedDecodeTraits {
     static constexpr int kMaxReceivedChunks = kRows <= 16 ? 12 : kLatentChunks;
     static constexpr int kReceivedVectors = kMaxReceivedChunks * kVectorsPerChunk;
 
-    // Where query rows and results have places of their own, the next query rows come while results are merged.
-    static constexpr bool kHasRoomForBoth = kRows <= 16;
-    struct QueryAndReceived {
-        alignas(1024) Element q[kHeadDim * kRows];
-        alignas(1024) float4 received[kReceivedVectors];
+    // What takes the place of the first thirds between two pieces.
+    struct Results {
+        float4 received[kReceivedVectors];                               // (own chunk, sender, tile, thread)
+        float4 exchanged[kNumGroups][kChunksPerGroup * kRowTiles][128];  // for the other group
     };
-    struct QueryOrReceived {
-        union {
-            alignas(1024) Element q[kHeadDim * kRows];
-            alignas(1024) float4 received[kReceivedVectors];  // (own chunk, sender, tile, thread)
-        };
-    };
+    static constexpr int kResultThirds = ceil_div(int(sizeof(Results)), kThirdBytes);
+    static_assert(kResultThirds <= kRingThirds);
 
-    struct StorageOfPieces : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
-        alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
-        alignas(1024) Element p[kRows * kPageSize];
-        float4 exchanged[kNumGroups][kOwnRowTiles][128];
-        alignas(16) float largest[kNumGroups][4][kRows / kNumGroups];
-        float row_sum[4][kRows];
-        float rescale[kRows];
-        float reference[kRows];                                        // log2
+    struct StorageOfPieces {
+        union {
+            alignas(1024) Element ring[kRingThirds][kChunksPerThird][kChunkElements];
+            Results results;
+        };
+        alignas(1024) Element q[kHeadDim * kRows];
+        alignas(1024) Element p[kNumGroups][kRows * kPageSize];
+        alignas(16) float largest[kNumGroups][4][kRows];  // by warp
+        float row_sum[kNumGroups][4][kRows];
+        float rescale[kNumGroups][kRows];
+        float reference[kNumGroups][kRows];                            // log2
         alignas(16) float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
         alignas(8) float weight[kMaxSplitCtas][kRows];
         alignas(8) bool exceeds[kNumGroups][4];  // by warp
@@ -104,6 +92,22 @@ struct SwappedDecodeTraits {
     };
     using SharedStorage = std::conditional_t<kSummation == Summation::kBySegments, StorageOfSegments, StorageOfPieces>;
     static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// A third of a KV block in the ring: the thirds of a CTA are counted through, across pieces.
+template <typename Traits>
+struct RingPosition {
+    uint32_t count = 0;
+
+    __device__ uint32_t place() const { return count % Traits::kRingThirds; }
+    __device__ uint32_t phase() const { return count / Traits::kRingThirds % 2; }
+    __device__ RingPosition later(uint32_t thirds) const { return {count + thirds}; }
+    // Where results come after the end of a piece, the begin of the ring, and the next piece after them. They and what
+    // is skipped before them are filled and emptied as blocks are.
+    __device__ RingPosition results() const {
+        return {uint32_t(ceil_div(int(count), Traits::kRingThirds) * Traits::kRingThirds)};
+    }
+    __device__ RingPosition after_results() const { return results().later(Traits::kResultThirds); }
 };
 
 // The KV blocks of a piece that one CTA of the cluster takes. The first CTAs take one more where they do not come out
