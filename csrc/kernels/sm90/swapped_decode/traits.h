@@ -31,10 +31,12 @@ struct SwappedDecodeTraits {
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kRowTiles = kRows / 8;  // of 8 columns in a fragment
 
-    // KV blocks come in thirds, 3 chunks of 64 columns each, into a ring with room for as many as there can be.
+    // KV blocks come in thirds, 3 chunks of 64 columns each, into a ring: room for some blocks, and for what can be of
+    // one more.
+    static constexpr int kNumStages = 2;
     static constexpr int kThirds = kKThirds, kChunksPerThird = kKChunksPerThird;
     static constexpr int kThirdBytes = kChunksPerThird * kChunkElements * sizeof(Element);
-    static constexpr int kRingThirds = kRows <= 16 ? 8 : 7;
+    static constexpr int kRingThirds = kThirds * kNumStages + (kRows <= 16 ? 2 : 1);
 
     using Pieces = PiecesOf<kSummation, kRows, 1>;
 
