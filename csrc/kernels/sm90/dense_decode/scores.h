@@ -56,6 +56,7 @@ private:
                 TransactionBarrier::invalidate(
                     reinterpret_cast<uint64_t*>(&shared.rows_staged));  // its place is wanted
         }
+        sync_warpgroup();
 
         Scores low, high;
 #pragma unroll 1

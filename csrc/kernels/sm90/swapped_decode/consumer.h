@@ -38,6 +38,7 @@ struct SwappedConsumer {
     int group, thread;             // thread of the group
     int rank;                      // of the CTA in its cluster
     RingPosition<Traits> at = {};  // begin of the piece
+    uint32_t full_phases = 0;      // of this group's third_full, a bit per place
     uint32_t piece_count = 0;
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
@@ -123,10 +124,13 @@ private:
     __device__ void release_until(RingPosition<Traits> const& end) {
         RingPosition<Traits> const third = at.later(lane());
         if (group == 0 && third.count < end.count) {
-            shared.barriers.third_full[third.place()].wait(third.phase());
+            wait_until_full(third.place());
             shared.barriers.third_empty[third.place()].arrive();
         }
-        at = end;
+        for (; at.count < end.count; ++at.count) full_phases ^= group == 0 ? 1u << at.place() : 0u;
+    }
+    __device__ void wait_until_full(uint32_t place) const {
+        shared.barriers.third_full[group][place].wait(full_phases >> place & 1);
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
@@ -177,7 +181,7 @@ private:
     }
 
     // Each third as it comes.
-    __device__ void multiply_q(RingPosition<Traits> const& first, Scores& scores) const {
+    __device__ void multiply_q(RingPosition<Traits> const& first, Scores& scores) {
         using namespace cute;
         typename Traits::MmaScores mma;
         constexpr int kSteps = Traits::kChunksPerThird * kStepsPerChunk;
@@ -187,7 +191,8 @@ private:
 #pragma unroll
         for (int third = 0; third < Traits::kThirds; ++third) {
             RingPosition<Traits> const position = first.later(third);
-            shared.barriers.third_full[position.place()].wait(position.phase());
+            wait_until_full(position.place());
+            full_phases ^= 1u << position.place();
             SwizzledOperand<128> const k(third_address(position));
             warpgroup_arrive();
 #pragma unroll

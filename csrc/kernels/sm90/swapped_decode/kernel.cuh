@@ -25,7 +25,7 @@
 //   the rest                statistics of the rows, weights, barriers
 //
 // Barriers (mbarriers)   arrivals                        waited for by
-//   third_full[place]    the producer + 24576 B          the group whose block it is
+//   third_full[g][place] the producer + 24576 B          group g, whose block it is
 //   third_empty[place]   4 warps of that group           the producer
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
@@ -54,7 +54,9 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int num_ctas) {
-    for (auto& full : barriers.third_full) full.init(1);
+    for (auto& of_group : barriers.third_full) {
+        for (auto& full : of_group) full.init(1);
+    }
     for (auto& empty : barriers.third_empty) empty.init(4);
     barriers.may_send.init(num_ctas);
     barriers.received.init(1);

@@ -49,7 +49,8 @@ struct SwappedDecodeTraits {
         decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
 
     struct Barriers {
-        TransactionBarrier third_full[kRingThirds];
+        // By group: one that does not wait for every third in a place could take the one before for its own.
+        TransactionBarrier third_full[kNumGroups][kRingThirds];
         Barrier third_empty[kRingThirds];
         Barrier may_send;             // every CTA of the cluster is done with its blocks, whose place results take
         TransactionBarrier received;  // the results of every CTA of the cluster for the columns of this one
@@ -102,7 +103,7 @@ struct RingPosition {
     uint32_t count = 0;
 
     __device__ uint32_t place() const { return count % Traits::kRingThirds; }
-    __device__ uint32_t phase() const { return count / Traits::kRingThirds % 2; }
+    __device__ uint32_t empty_phase() const { return count / Traits::kRingThirds % 2 ^ 1; }
     __device__ RingPosition later(uint32_t thirds) const { return {count + thirds}; }
     // Where results come after the end of a piece, the begin of the ring, and the next piece after them. They and what
     // is skipped before them are filled and emptied as blocks are.
