@@ -13,40 +13,42 @@
 //   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps looks
 //                      up pages and announces the pieces to the others
 //   output low (160)   O for columns 0–255; one of its warps loads the first blocks; copies that half of the next latent
-//                      columns to where V was and, where the tensor cores are the limit, the next RoPE columns
+//                      columns to where V was, and the next RoPE columns
 //   output high (160)  the same for columns 256–511, but for RoPE
 //
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
-//   rope, p   3 × 8192   K's RoPE columns, until they are multiplied; P (64 × 64), from the softmax of its block until O of
-//                        the block is done. In a cluster two places are P's, else two are RoPE's
-//   q            10240   Q's RoPE columns and its last latent k-step; free for the next piece after the last S of a piece
-//   the rest      1016   rescale factors and flags, 1 / row sum, page orders, pieces, barriers: 8 more would not fit
+//   rope          8192   K's RoPE columns, until they are multiplied
+//   p             8192   P (64 × 64), from when S of the next block of the piece is on its way until O of its block is done
+//   q            16384   the last 64 of Q's latent columns and its RoPE columns
+//   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 700 of it are free
 //
 // Barriers (mbarriers)   arrivals                           waited for by
-//   rows_staged          4 warps of scores + 65536 B        scores, before they read the first query rows: then its place
-//                                                           is wanted for 1 / row sum
+//   first_rows[i]        who starts the copies + 73728 B    scores; for the first of them also who loads the first blocks
+//   next_rows            the same                           scores
+//   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
 //   latent_full[stage]   who starts the copies + 65536 B    scores
-//   rope_full[place]     who starts the copy + 8192 B       scores
-//   p_ready[slot]        the quads of scores                output: P, rescale factors and the next page are there, and
-//                                                           the RoPE columns are multiplied
-//   p_consumed[slot]     the quads of output                scores, before they store P or rescale factors
+//   rope_full            who starts the copy + 8192 B       scores
+//   p_ready              the quads of scores                output: P, rescale factors and the next page are there, and
+//                                                           the RoPE columns of the next block are multiplied
+//   p_consumed           the quads of output                scores, before they store P
 //   consumed[stage][h]   4 warps of the output half h, of   who copies that half
-//                        every CTA; at first of scores,
-//                        for the query rows in the last stage
+//                        every CTA; of scores for the last
+//                        block of a piece and, at first, for
+//                        the last stage
 //   stats_full           the quads of scores                output
 //   stats_empty          the quads of output                scores
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
-// The scores warpgroup has a hardware barrier of its own, before RoPE columns are copied and around the query rows; an
-// output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query rows, which pass
-// through the last stage (the 64th through a place of P), are in registers. All that ordinary stores put where wgmma or
-// a copy comes next passes a proxy fence before its barrier. What lanes read or write for their rows is read or written
-// by the first lane of each quad, which itself arrives at the barrier that orders it.
+// The scores warpgroup has a hardware barrier of its own, at the begin of a piece and before its second RoPE columns
+// are copied; an output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query
+// rows, which pass through the last stage, are in registers, as scores wait by kLastOutputsBarrier for the stage
+// through which the next ones pass. All that ordinary stores put where wgmma or a copy comes next passes a proxy fence
+// before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad, which
+// itself arrives at the barrier that orders it.
 //
-// One block, where the tensor cores are the limit: S of block i+1 is issued; once all of it is, the tensor cores have
-// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1. Without
-// a cluster P is held back like that only where block i+1 has come already, else released at once.
+// One block: S of block i+1 is issued, and P of block i stored meanwhile; once all of it is, the tensor cores have
+// some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1.
 //
 // Numerics: scores in float32, softmax in the log2 domain with a lazily raised maximum (online_softmax.h), P in the
 // input type, O in float32. A row that sees no key gives 0 and +inf. Keys behind the last one are cleared from V.
@@ -68,18 +70,20 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
         barriers.latent_full[stage].init(Traits::kHalvesPerCta);
         for (auto& consumed : barriers.consumed[stage]) consumed.init(4 * Traits::kClusterSize);
     }
-    for (auto& rope_full : barriers.rope_full) rope_full.init(1);
-    for (int slot = 0; slot < Traits::kNumSlots; ++slot) {
-        barriers.p_ready[slot].init(4 * kQuadsPerWarp);
-        barriers.p_consumed[slot].init(8 * kQuadsPerWarp);
-    }
+    barriers.rope_full.init(1);
+    barriers.p_ready.init(4 * kQuadsPerWarp);
+    barriers.p_consumed.init(8 * kQuadsPerWarp);
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
+    for (auto& first_rows : barriers.first_rows) first_rows.init(1);
+    barriers.next_rows.init(1);
+    barriers.first_pages.init(1);
 }
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ KMaps const maps) {
+    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params,
+                        __grid_constant__ DenseDecodeMaps const maps) {
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
@@ -89,7 +93,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     if (role != WarpgroupRole::kScores) cutlass::arch::warpgroup_reg_dealloc<Traits::kOutputRegisters>();
     if (threadIdx.x == 0) {
         init_barriers<Traits>(shared.barriers);
-        shared.rows_staged.init(4);
         cutlass::arch::fence_barrier_init();
     }
     if (threadIdx.x == Traits::kFirstLoader) {
@@ -97,6 +100,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
         shared.pieces.init();
     }
+    if (threadIdx.x == 0 && maps.has_q)
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.q));
     if (is_first_loader) prefetch_plan(params);
     __syncwarp();
     if constexpr (Traits::kClusterSize > 1) cute::cluster_arrive();

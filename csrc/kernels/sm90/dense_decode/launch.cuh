@@ -4,15 +4,15 @@
 #include "kernels/sm90/dense_decode/dense_decode.h"
 #include "kernels/sm90/dense_decode/kernel.cuh"
 #include "kernels/sm90/primitives/element_type.h"
-#include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
 
 namespace flash_mla::sm90 {
 
 template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
-    KMaps maps;
+    DenseDecodeMaps maps;
     if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    maps.has_q = find_q_map<Traits::kIsBFloat16>(&maps.q, params);
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)

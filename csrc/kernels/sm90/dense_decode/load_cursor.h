@@ -22,8 +22,7 @@ class LoadCursor {
 public:
     __device__ void begin(DenseDecodeParams const& params) {
         pieces_ = Pieces(params);
-        blocks_left_ = 0;
-        head_kv_ = 0;
+        at_ = {nullptr, 0, 0};
         pieces_.prefetch(params);
     }
 
@@ -31,38 +30,46 @@ public:
     // Returns whether the block begins a piece.
     template <typename NextOrder>
     __device__ bool look_up(DenseDecodeParams const& params, PieceQueue& queue, NextOrder&& next_order) {
-        bool const enters_piece = blocks_left_ == 0 && head_kv_ != LoadOrder::kNothing;
-        if (enters_piece) enter_next_piece(params, queue);
+        Position at = at_;
+        bool const enters_piece = at.blocks_left == 0 && at.head_kv != LoadOrder::kNothing;
+        if (enters_piece) at = enter_next_piece(params, queue);
         LoadOrder& order = next_order();
-        order.head_kv = head_kv_;
-        if (head_kv_ == LoadOrder::kNothing) return false;
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(cute::cast_smem_ptr_to_uint(&order.page)),
-                     "l"(pages_)
-                     : "memory");
-        cute::cp_async_fence();
-        ++pages_;
-        --blocks_left_;
-        return enters_piece;
+        order.head_kv = at.head_kv;
+        if (at.head_kv != LoadOrder::kNothing) {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(cute::cast_smem_ptr_to_uint(&order.page)),
+                         "l"(at.pages)
+                         : "memory");
+            cute::cp_async_fence();
+            ++at.pages;
+            --at.blocks_left;
+        }
+        at_ = at;
+        return enters_piece && at.head_kv != LoadOrder::kNothing;
     }
 
 private:
-    __device__ void enter_next_piece(DenseDecodeParams const& params, PieceQueue& queue) {
+    // In one piece, so that it takes one access.
+    struct alignas(16) Position {
+        int const* pages;
+        int blocks_left;  // of the piece
+        int head_kv;
+    };
+
+    __device__ Position enter_next_piece(DenseDecodeParams const& params, PieceQueue& queue) {
         Piece& piece = queue.next();
+        Position begin = {nullptr, 0, LoadOrder::kNothing};
         if (!next_with_keys(pieces_, params, piece)) {
             piece.batch = Piece::kEnd;
-            head_kv_ = LoadOrder::kNothing;
         } else {
-            head_kv_ = piece.place.head_kv;
-            pages_ = params.block_table + piece.batch * params.block_table_stride + piece.begin_block;
-            blocks_left_ = piece.num_blocks();
+            begin = {params.block_table + piece.batch * params.block_table_stride + piece.begin_block,
+                     piece.num_blocks(), piece.place.head_kv};
         }
         queue.publish_next();
+        return begin;
     }
 
+    Position at_;
     Pieces pieces_;
-    int const* pages_;
-    int blocks_left_;
-    int head_kv_;
 };
 
 }  // namespace flash_mla::sm90

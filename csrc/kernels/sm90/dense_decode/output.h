@@ -19,7 +19,7 @@ struct OutputMainloop {
         typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
-    KMaps const& maps;
+    DenseDecodeMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
     int thread;  // in the warpgroup
@@ -56,25 +56,30 @@ private:
         int num_keys = piece.seqlen - piece.begin_block * kPageSize;
         int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
         for (; num_keys > num_keys_after; num_keys -= kPageSize) {
-            SwizzledOperand<128> const p(shared_address(shared.p) + at.slot() * sizeof(shared.p[0]));
-            shared.barriers.p_ready[at.slot()].wait(at.slot_phase());
-            if (flag_for_warp(shared.must_rescale[at.slot()][thread / 32])) rescale(outputs);
+            shared.barriers.p_ready.wait(at.parity());
+            if (flag_for_warp(shared.must_rescale[at.parity()][thread / 32])) rescale(outputs);
             if (num_keys < kPageSize) clear_keys_from(num_keys);
-            issue(p, outputs);
-            bool const scores_are_ahead = Traits::kIsInCluster && num_keys - kPageSize > num_keys_after;
+            issue(outputs);
+            bool const scores_are_ahead = num_keys - kPageSize > num_keys_after;
             if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);
-            announce_consumed();
-            if (thread == 0 && loader().copies_half(half())) loader().fill_half(at.later(Traits::kNumStages), half());
+            quads_arrive(shared.barriers.p_consumed);
             at.advance();
+            if (num_keys - kPageSize > num_keys_after) {
+                if (thread % 32 == 0) shared.barriers.announce_consumed(at.later(kLast).stage(), half());
+                refill();
+            } else {
+                cutlass::arch::NamedBarrier::arrive(3 * 128, kLastOutputsBarrier);
+            }
         }
         store(outputs);
     }
 
     __device__ void rescale(Outputs& outputs) {
-        float const factor[kRowsPerThread] = {load_for_quad(shared.rescale[fragment_row(thread, 0)]),
-                                              load_for_quad(shared.rescale[fragment_row(thread, 1)])};
+        auto const& rescale = shared.rescale[at.parity()];
+        float const factor[kRowsPerThread] = {load_for_quad(rescale[fragment_row(thread, 0)]),
+                                              load_for_quad(rescale[fragment_row(thread, 1)])};
 #pragma unroll
         for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
     }
@@ -90,9 +95,10 @@ private:
         cutlass::arch::NamedBarrier::sync(128, barrier());
     }
 
-    __device__ void issue(SwizzledOperand<128> const& p, Outputs& outputs) {
+    __device__ void issue(Outputs& outputs) {
         using namespace cute;
         typename Traits::MmaOutput mma;
+        SwizzledOperand const p(shared_address(shared.p));
         Tensor const s_v =
             make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
         Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
@@ -109,9 +115,11 @@ private:
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    __device__ void announce_consumed() const {
-        quads_arrive(shared.barriers.p_consumed[at.slot()]);
-        if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
+    // Copies a later block to where the one before the current was. The stage of the last block of a piece is announced
+    // as consumed by scores, when query rows have passed through it, and so refilled later than others.
+    static constexpr uint32_t kLast = Traits::kNumStages - 1;
+    __device__ void refill() const {
+        if (thread == 0 && loader().copies_half(half())) loader().fill_half(at.later(kLast), half());
     }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
@@ -120,9 +128,11 @@ private:
         shared.barriers.stats_full.wait(piece_count % 2);
         if constexpr (Traits::kSummation == Summation::kBySegments) {
             fold_half<0>(piece_now(), outputs);
+            refill();
             fold_half<1>(piece_now(), outputs);
         } else {
             store_half<0>(piece_now(), outputs);
+            refill();
             store_half<1>(piece_now(), outputs);
         }
         quads_arrive(shared.barriers.stats_empty);

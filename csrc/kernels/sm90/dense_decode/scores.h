@@ -19,9 +19,21 @@ struct ScoresMainloop {
                                                        cute::Shape<cute::Int<kBlockM>, cute::Int<kPageSize>>{}));
     static constexpr int kNumScores = decltype(cute::size(Scores{}))::value;  // per thread
     static constexpr int kRegisterSteps = QRegisters<Traits>::kNumSteps;
+    static constexpr int kFirstRowsStage = Traits::kNumStages - 1;
+    static constexpr int kLatentSteps = Traits::kLatentChunks * Traits::kStepsPerChunk;
+    // P of the block before is stored after so many steps for which Q is in registers, a quarter at a time: late enough
+    // for the outputs before it to be done with its place, early enough to be through before the last step.
+    static constexpr int kStepsBeforeStore = 8, kStepsPerStore = 2, kNumStores = kPageSize / 16;
+    static_assert(kStepsBeforeStore + (kNumStores - 1) * kStepsPerStore < kRegisterSteps);
+
+    // P of a block as the operand of the outputs, packed; undefined until computed.
+    struct Probabilities {
+        uint32_t word[kNumScores / 2];
+        __device__ Probabilities() {}
+    };
 
     DenseDecodeParams const& params;
-    KMaps const& maps;
+    DenseDecodeMaps const& maps;
     SharedStorage& shared;
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q;
@@ -32,9 +44,8 @@ struct ScoresMainloop {
             OnlineSoftmax softmax;
             write_all_probabilities(softmax);
             write_stats(softmax);
+            load_next_q();
         }
-        // The gather that followed the last piece goes to shared memory, which must not end before.
-        cute::cp_async_wait<0>();
         write_empty_pieces();
     }
 
@@ -44,74 +55,86 @@ private:
     __device__ Piece const& next_piece() const { return shared.pieces.wait(shared.pieces.next_scores); }
 
     __device__ void write_all_probabilities(OnlineSoftmax& softmax) {
-        // A bit tells that P of the block before is released, or that there is none, in the same register.
-        constexpr uint32_t kReleased = 1u << 31;
-        uint32_t blocks_left = next_piece().num_blocks() | kReleased;
-        if (at.count > 0) q.finish();
-        cute::cp_async_wait<0>();
-        cutlass::arch::fence_view_async_shared();
+        // A bit tells that this is the first block, in the same register.
+        constexpr uint32_t kFirst = 1u << 31;
+        uint32_t blocks_left = next_piece().num_blocks() | kFirst;
         sync_warpgroup();
         if (thread_in_warpgroup_now() == 0) {
+            shared.first_masked = at.count + first_masked_block(shared.pieces.get(shared.pieces.next_scores));
             ++shared.pieces.next_scores;
-            if (at.count == 0)
-                TransactionBarrier::invalidate(
-                    reinterpret_cast<uint64_t*>(&shared.rows_staged));  // its place is wanted
         }
 
         Scores scores;
+        Probabilities probabilities;
 #pragma unroll 1
         do {
-            bool const holds_previous = (blocks_left & kReleased) == 0;
-            blocks_left = (blocks_left & ~kReleased) - 1;
-            issue_scores(scores);
-            // The output of the block before may begin: by the time it does, the tensor cores are nearly through with
-            // these scores, and then busy with the output while the softmax is computed.
+            bool const is_first = blocks_left & kFirst;
+            blocks_left = (blocks_left & ~kFirst) - 1;
+            // P of the block before has waited in registers until these scores are on their way: so the tensor cores
+            // have work while it is stored. Then its output may begin: by the time it does, the tensor cores are nearly
+            // through with these scores, and then busy with the output while the softmax is computed.
+            bool const has_stored = issue_scores(scores, !is_first, probabilities);
             cute::warpgroup_wait<1>();
-            if (holds_previous) {
-                release_probabilities(at.slot() ^ (Traits::kNumSlots - 1));
-                if (!Traits::kIsInCluster) refill_rope();
-            } else {
+            if (is_first) {
+                if (at.count == 0) shared.barriers.first_pages.wait(0);
                 refill_rope();
+            } else {
+                if (!has_stored) store_all(probabilities);
+                release_probabilities();
             }
             if (is_look_up_warp()) loader().look_up(at.later(Traits::kNumStages));
-            bool const is_masked = num_keys_of_all(blocks_left) < kPageSize;
+            bool const is_masked = at.count >= shared.first_masked;
             cute::warpgroup_wait<0>();
             cute::warpgroup_fence_operand(scores);
             // The page looked up meanwhile is there for who sees p_ready.
             cute::cp_async_wait<0>();
             if (is_masked) mask(scores, blocks_left);
-            write_probabilities(scores, softmax);
-            if (blocks_left == 0 || !(Traits::kIsInCluster || next_block_is_there())) {
-                release_probabilities(at.slot());
-                blocks_left |= kReleased;
-            }
+            compute_probabilities(scores, softmax, probabilities);
             at.advance();
-        } while (blocks_left != kReleased);
-        sync_warpgroup();
-        load_next_q();
+        } while (blocks_left != 0);
+        store_all(probabilities);
+        release_probabilities();
     }
 
     __device__ void load_first_q() {
         // Asked for before the length is known; again where there turn out to be no keys.
-        Piece likely = likely_first_piece(params);
+        Piece const likely = likely_first_piece(params);
         if (!likely.is_end()) {
-            for (uint32_t phase = 0;; phase ^= 1) {
-                q.stage(params, shared, likely);
-                Piece const& piece = next_piece();
-                shared.rows_staged.wait(phase);
-                if (piece.is_end() || piece.is_of_tile(likely)) break;
-                cute::cp_async_wait<0>();
-                likely = piece;
+            auto& first_rows = shared.barriers.first_rows;
+            q.begin_loading(params, maps, shared, likely, kFirstRowsStage, first_rows[0]);
+            Piece const& piece = next_piece();
+            first_rows[0].wait(0);
+            if (!piece.is_end() && !piece.is_of_tile(likely)) {
+                q.begin_loading(params, maps, shared, piece, kFirstRowsStage, first_rows[1]);
+                first_rows[1].wait(0);
             }
         }
-        q.load_staged(shared);
+        q.load_staged(shared, kFirstRowsStage);
+        cutlass::arch::NamedBarrier::arrive(3 * 128, kFirstRowsBarrier);
+        announce_consumed(kFirstRowsStage);
     }
 
-    // Starts the gather of the query rows of the next piece, or of any where there is none.
+    // Where the next piece is of another tile, its query rows pass through the stage of the last block, as soon as the
+    // outputs of that are done. Only then may another block come there.
     __device__ void load_next_q() {
-        Piece const& piece = next_piece();
-        load_q_shared<Traits>(params, shared, piece, thread_in_warpgroup_now());
-        q.load(params, piece, thread_in_warpgroup_now());
+        uint32_t const index = shared.pieces.next_scores - 1, stage = (at.count - 1) % Traits::kNumStages;
+        Piece const& next = next_piece();
+        cutlass::arch::NamedBarrier::sync(3 * 128, kLastOutputsBarrier);
+        if (!next.is_end() && !next.is_of_tile(current_piece())) {
+            q.begin_loading(params, maps, shared, next, stage, shared.barriers.next_rows);
+            shared.barriers.next_rows.wait(index % 2);
+            q.load_staged(shared, stage);
+        } else if (thread_in_warpgroup_now() == 0) {
+            shared.barriers.next_rows.arrive();
+        }
+        announce_consumed(stage);
+    }
+
+    // By each warp, in place of those that compute the outputs.
+    __device__ void announce_consumed(uint32_t stage) const {
+        __syncwarp();
+        if (thread_in_warpgroup_now() % 32 != 0) return;
+        for (int half = 0; half < 2; ++half) shared.barriers.announce_consumed(stage, half);
     }
 
     __device__ static void sync_warpgroup() {
@@ -125,7 +148,10 @@ private:
         int const seen = params.causal ? min(piece.seqlen - params.seqlen_q + token + 1, piece.seqlen) : piece.seqlen;
         return seen - (piece.end_block - 1 - int(blocks_left)) * kPageSize;
     }
-    __device__ int num_keys_of_all(uint32_t blocks_left) const { return num_keys(current_piece(), 0, blocks_left); }
+    // The first block of a piece that holds keys which some query token does not see.
+    __device__ uint32_t first_masked_block(Piece const& piece) const {
+        return max(num_keys(piece, 0, piece.num_blocks() - 1), 0) / kPageSize;
+    }
 
     __device__ void mask(Scores& scores, uint32_t blocks_left) const {
         int const thread = thread_in_warpgroup_now();
@@ -144,92 +170,99 @@ private:
     }
 
     // Starts the scores of the current block, in two batches: the RoPE columns, whose place is wanted soon, and the
-    // others.
-    __device__ void issue_scores(Scores& scores) {
-        auto const& rope_full = shared.barriers.rope_full[at.rope_place()];
+    // others; meanwhile P of the block before is stored, if it is held and its place is free. Returns whether it was.
+    // Nothing here branches once the first wgmma is issued: after a branch the next one waits until all before are
+    // done.
+    __device__ bool issue_scores(Scores& scores, bool holds_previous, Probabilities const& probabilities) {
+        using namespace cute;
+        auto const& rope_full = shared.barriers.rope_full;
         auto const& latent_full = shared.barriers.latent_full[at.stage()];
-        bool const has_rope = rope_full.try_wait(at.rope_phase()), has_latent = latent_full.try_wait(at.stage_phase());
-        if (!has_rope) rope_full.wait(at.rope_phase());
-        SwizzledOperand<128> const q_rope(shared_address(shared.q_rope)),
-            rope(shared_address(shared.rope) + at.rope_place() * sizeof(shared.rope[0]));
-        cute::warpgroup_fence_operand(scores);
-        cute::warpgroup_arrive();
+        bool const has_rope = rope_full.try_wait(at.parity()), has_latent = latent_full.try_wait(at.stage_phase());
+        if (!has_rope) rope_full.wait(at.parity());
+        if (!has_latent) latent_full.wait(at.stage_phase());
+        SwizzledOperand const q_latent(shared_address(shared.q[0])),
+            q_rope(shared_address(shared.q[Traits::kQSharedChunks - 1])), rope(shared_address(shared.rope)),
+            latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
+        uint32_t const address = probabilities_address();
+        warpgroup_fence_operand(scores);
+        warpgroup_arrive();
         MmaSharedQ mma;
-        mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
         for (int step = 0; step < Traits::kStepsPerChunk; ++step) {
-            cute::gemm(mma, q_rope.step(step), rope.step(step), scores);
-            mma.accumulate_ = cute::GMMA::ScaleOut::One;
+            gemm(mma, q_rope.step(step), rope.step(step), scores);
+            mma.accumulate_ = GMMA::ScaleOut::One;
         }
-        cute::warpgroup_commit_batch();
-        if (!has_latent) latent_full.wait(at.stage_phase());
-        SwizzledOperand<128> const latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
-        SwizzledOperand<32> const q_last_step(shared_address(shared.q_last_step));
-        cute::warpgroup_arrive();
-        cute::gemm(mma, q_last_step.step(0), latent.step(kRegisterSteps), scores);
-        multiply_register_q(scores, latent);
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_fence_operand(scores);
-    }
+        warpgroup_commit_batch();
+#pragma unroll
+        for (int step = 0; step < kLatentSteps - kRegisterSteps; ++step)
+            gemm(mma, q_latent.step(step), latent.step(kRegisterSteps + step), scores);
 
-    // Whether the scores of the next block could begin at once. The same for a warp.
-    __device__ bool next_block_is_there() const {
-        BlockPosition<Traits> const next = at.later(1);
-        return __all_sync(~0u, shared.barriers.rope_full[next.rope_place()].test_wait(next.rope_phase()) &&
-                                   shared.barriers.latent_full[next.stage()].test_wait(next.stage_phase()));
+        typename Traits::MmaScoresRegisterQ mma_register_q;
+        Tensor const r_q = make_tensor(
+            make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
+            Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
+        bool stores = false;
+#pragma unroll
+        for (int step = 0; step < kRegisterSteps; ++step) {
+            gemm(mma_register_q, r_q(_, _, step), latent.step(step), scores);
+            if (step == kStepsBeforeStore) stores = __all_sync(~0u, holds_previous & is_place_free());
+            int const stored = (step - kStepsBeforeStore) / kStepsPerStore;
+            if (step >= kStepsBeforeStore && step % kStepsPerStore == 0 && stored < kNumStores)
+                store(stored, stores, address, probabilities);
+        }
+        warpgroup_commit_batch();
+        warpgroup_fence_operand(scores);
+        return stores;
     }
 
     // Copies the RoPE columns of a later block to where those of the current one were.
     __device__ void refill_rope() const {
         sync_warpgroup();
-        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(Traits::kRopePlaces));
+        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(1));
     }
 
-    __device__ void multiply_register_q(Scores& scores, SwizzledOperand<128> const& latent) {
-        using namespace cute;
-        typename Traits::MmaScoresRegisterQ mma;
-        Tensor const r_q = make_tensor(
-            make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
-            Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
-#pragma unroll
-        for (int step = 0; step < kRegisterSteps; ++step) cute::gemm(mma, r_q(_, _, step), latent.step(step), scores);
-    }
-
-    // Turns the scores of the current block into P, in shared memory, and says what O must be rescaled with before.
-    __device__ void write_probabilities(Scores& scores, OnlineSoftmax& softmax) const {
-        int const thread = thread_in_warpgroup_now(), warp = thread / 32, lane = thread % 32, slot = at.slot();
+    // Turns the scores of the current block into P, and says what O must be rescaled with before: in one of two places,
+    // as the block before may need the other one still.
+    __device__ void compute_probabilities(Scores& scores, OnlineSoftmax& softmax, Probabilities& probabilities) const {
+        int const thread = thread_in_warpgroup_now();
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
-        if (must_rescale) store_rescale(rescale);
-        softmax.exponentiate(scores, params.softmax_scale_log2);
-        shared.barriers.p_consumed[slot].wait(at.slot_phase() ^ 1);
-        if (lane == 0) shared.must_rescale[slot][warp] = must_rescale;
-        int const row = 16 * warp + lane % 16;
-        uint32_t const row_address = shared_address(shared.p[slot]) + row * 128;
-#pragma unroll
-        for (int pair = 0; pair < kPageSize / 16; ++pair) {  // two tiles of 8 columns
-            uint32_t word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                word[i] = pack_pair(scores[8 * pair + 2 * i], scores[8 * pair + 2 * i + 1], Element{});
-            }
-            store_matrix_x4(row_address + (((2 * pair + lane / 16) ^ (row % 8)) * 16), word);
+        if (must_rescale && thread % 4 == 0) {
+            shared.rescale[at.parity()][fragment_row(thread, 0)] = rescale[0];
+            shared.rescale[at.parity()][fragment_row(thread, 1)] = rescale[1];
         }
+        if (thread % 32 == 0) shared.must_rescale[at.parity()][thread / 32] = must_rescale;
+        softmax.exponentiate(scores, params.softmax_scale_log2);
+#pragma unroll
+        for (int i = 0; i < kNumScores / 2; ++i)
+            probabilities.word[i] = pack_pair(scores[2 * i], scores[2 * i + 1], Element{});
     }
 
-    // There is one place for the factors, and the block before may need it still: a rare wait.
-    __device__ void store_rescale(float const (&rescale)[kRowsPerThread]) const {
-        int const thread = thread_in_warpgroup_now();
-        BlockPosition<Traits> const before = at.later(Traits::kNumSlots - 1);  // with another number the same slot
-        shared.barriers.p_consumed[before.slot()].wait(before.slot_phase() ^ 1);
-        if (thread % 4 != 0) return;
-        shared.rescale[fragment_row(thread, 0)] = rescale[0];
-        shared.rescale[fragment_row(thread, 1)] = rescale[1];
+    // Whether the outputs before those of the block before the current one are done with P.
+    __device__ bool is_place_free() const { return shared.barriers.p_consumed.test_wait(at.parity()); }
+
+    // Where this lane stores its part of the first two tiles of 8 columns of P.
+    __device__ uint32_t probabilities_address() const {
+        int const thread = thread_in_warpgroup_now(), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
+        return shared_address(shared.p) + row * 128 + (lane / 16 ^ row % 8) * 16;
+    }
+    // Two tiles of 8 columns of P.
+    __device__ static void store(int pair, bool stores, uint32_t address, Probabilities const& probabilities) {
+        auto const& word = probabilities.word;
+        store_matrix_x4_if(stores, address ^ pair * 32,
+                           {word[4 * pair], word[4 * pair + 1], word[4 * pair + 2], word[4 * pair + 3]});
+    }
+    __device__ void store_all(Probabilities const& probabilities) const {
+        uint32_t const address = probabilities_address();
+        shared.barriers.p_consumed.wait(at.parity());
+#pragma unroll
+        for (int pair = 0; pair < kNumStores; ++pair) store(pair, true, address, probabilities);
     }
 
-    __device__ void release_probabilities(int slot) const {
+    __device__ void release_probabilities() const {
         cutlass::arch::fence_view_async_shared();
-        quads_arrive(shared.barriers.p_ready[slot]);
+        quads_arrive(shared.barriers.p_ready);
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.

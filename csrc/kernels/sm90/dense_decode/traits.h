@@ -6,7 +6,7 @@
 
 #include "kernels/sm90/dense_decode/load_cursor.h"
 #include "kernels/sm90/dense_decode/piece_queue.h"
-#include "kernels/sm90/primitives/k_maps.h"
+#include "kernels/sm90/dense_decode/q_map.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
 #include "params/dense_decode.h"
@@ -21,6 +21,9 @@ __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + st
 // The first query rows are in registers: the output warpgroups, which clear keys where these rows were, wait for all
 // threads that read them. In fact they do so anyway, but by way of two barriers, which racecheck does not follow.
 inline constexpr uint32_t kFirstRowsBarrier = 4;
+// The other way round: scores wait for the outputs of the last block of a piece, in whose stage keys may have been
+// cleared and query rows come next. p_consumed would say the same, but racecheck does not follow that either.
+inline constexpr uint32_t kLastOutputsBarrier = 5;
 
 template <typename Element_, int kClusterSize_, Summation kSummation_ = Summation::kByWorkers>
 struct DenseDecodeTraits {
@@ -29,10 +32,6 @@ struct DenseDecodeTraits {
     // CTAs with other query rows of the same request: each copies its share of the latent columns to all of them.
     static constexpr int kClusterSize = kClusterSize_;
     static_assert(kClusterSize == 1 || kClusterSize == 2);
-    // In a cluster the tensor cores are the limit: the outputs of a block always wait until the scores of the next are
-    // on their way, so that they run under its softmax. A CTA alone, for which it may be the memory, would be held back
-    // by that until the next block has come.
-    static constexpr bool kIsInCluster = kClusterSize > 1;
 
     using Pieces = PiecesOf<kSummation, kBlockM, kClusterSize>;
 
@@ -51,16 +50,14 @@ struct DenseDecodeTraits {
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
     static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
     static constexpr int kStepsPerChunk = kChunkColumns / 16;  // k-steps of wgmma
-    // Places of P and of RoPE columns. A CTA alone asks for the RoPE columns of a block two blocks ahead, or it would
-    // seldom find that they have come when it decides whether P can wait.
-    static constexpr int kNumSlots = kIsInCluster ? 2 : 1;
-    static constexpr int kRopePlaces = kIsInCluster ? 1 : 2;
-    static constexpr int kLookUpWarp = 1;     // of the scores warpgroup
-    static constexpr int kFirstLoader = 128;  // thread that begins, in the first output warpgroup
+    static constexpr int kLookUpWarp = 1;                      // of the scores warpgroup
+    static constexpr int kFirstLoader = 128;                   // thread that begins, in the first output warpgroup
 
-    // Q: the latent columns live in registers of the scores warpgroup but for the last k-step, for which these do not
+    // Q: the latent columns live in registers of the scores warpgroup but for the last chunk, for which these do not
     // suffice. That one and the RoPE columns are in shared memory.
-    static constexpr int kQRegisterSteps = kLatentChunks * kStepsPerChunk - 1;
+    static constexpr int kQRegisterChunks = kLatentChunks - 1;
+    static constexpr int kQRegisterSteps = kQRegisterChunks * kStepsPerChunk;
+    static constexpr int kQSharedChunks = kNumChunks - kQRegisterChunks;
 
     using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
     // Half of the latent columns, read with the tokens as the reduction: (dim, token)
@@ -84,10 +81,12 @@ struct DenseDecodeTraits {
 
     struct Barriers {
         TransactionBarrier latent_full[kNumStages];
-        TransactionBarrier rope_full[kRopePlaces];
-        Barrier p_ready[kNumSlots], p_consumed[kNumSlots];
+        TransactionBarrier rope_full;
+        Barrier p_ready, p_consumed;
         Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
+        TransactionBarrier first_rows[2], next_rows;  // rows of the likely first piece, of the true one; of later ones
+        Barrier first_pages;                          // looked up
 
         // By four warps of each CTA, one thread each: the half goes free in the CTA that copies it to all of them.
         __device__ void announce_consumed(int stage, int half) const {
@@ -100,17 +99,14 @@ struct DenseDecodeTraits {
     };
 
     struct SharedStorage {
-        alignas(1024) Element q_rope[kChunkElements];
+        alignas(1024) Element q[kQSharedChunks][kChunkElements];
         alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
-        alignas(1024) Element rope[kRopePlaces][kChunkElements];
-        alignas(1024) Element p[kNumSlots][kChunkElements];
-        alignas(1024) Element q_last_step[kBlockM * 16];  // of the latent columns, with the 32-byte swizzle
-        float rescale[kBlockM];
-        bool must_rescale[kNumSlots][4];  // per warp of a warpgroup: its 16 rows
-        union {
-            float inverse_sum[kBlockM];
-            alignas(8) TransactionBarrier rows_staged;  // until the first query rows are in registers
-        };
+        alignas(1024) Element rope[kChunkElements];
+        alignas(1024) Element p[kChunkElements];
+        float rescale[2][kBlockM];
+        bool must_rescale[2][4];  // per warp of a warpgroup: its 16 rows
+        float inverse_sum[kBlockM];
+        uint32_t first_masked;  // count of the first block of the piece that is masked
         LoadCursor<Pieces> loads;
         LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
@@ -126,13 +122,11 @@ struct BlockPosition {
 
     __device__ uint32_t stage() const { return count % Traits::kNumStages; }
     __device__ uint32_t stage_phase() const { return count / Traits::kNumStages % 2; }
-    // Of `consumed`, that lets this block into its stage. The last stage was consumed once more, by who had query rows
-    // there.
+    // Of `consumed`, that lets this block into its stage. The last stage was consumed once more, after the first query
+    // rows had been there.
     __device__ uint32_t consumed_phase() const { return (count - (Traits::kNumStages - 1)) / Traits::kNumStages % 2; }
-    __device__ uint32_t slot() const { return count % Traits::kNumSlots; }
-    __device__ uint32_t slot_phase() const { return count / Traits::kNumSlots % 2; }
-    __device__ uint32_t rope_place() const { return count % Traits::kRopePlaces; }
-    __device__ uint32_t rope_phase() const { return count / Traits::kRopePlaces % 2; }
+    // Phase of the barriers of P and of the RoPE columns, and the place of what P's rows are rescaled with.
+    __device__ uint32_t parity() const { return count % 2; }
     __device__ uint32_t order() const { return count % Traits::kNumOrders; }
     __device__ void advance() { ++count; }
     __device__ BlockPosition later(uint32_t blocks) const { return {count + blocks}; }

@@ -77,11 +77,16 @@ __device__ inline void transpose_in_quad(uint32_t& word0, uint32_t& word1, uint3
 }
 
 // Four 8×8 matrices of 16-bit elements from registers to shared memory; lane l gives the address of row l % 8 of matrix
-// l / 8.
-__device__ inline void store_matrix_x4(uint32_t shared_address, uint32_t const (&word)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address),
-                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
-                 : "memory");
+// l / 8. Predicated, not a branch: so it can stand between wgmma that belong together.
+__device__ inline void store_matrix_x4_if(bool condition, uint32_t shared_address, uint32_t const (&word)[4]) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %5, 0;\n"
+        "@p stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n"
+        "}\n" ::"r"(shared_address),
+        "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"(uint32_t(condition))
+        : "memory");
 }
 
 // The other way.

@@ -58,7 +58,9 @@ __device__ inline Piece likely_first_piece(DenseDecodeParams const& params) {
     int4 const begin = __ldg(row_words(params));
     int const num_pieces = __ldg(row_words(params) + 1).z;
     Piece piece;
-    piece.batch = num_pieces > 0 && begin.x < params.batch_size ? begin.x : Piece::kEnd;
+    // Not of a plan for other shapes.
+    bool const exists = num_pieces > 0 && begin.x < params.batch_size && begin.y < params.grid.tiles_per_request;
+    piece.batch = exists ? begin.x : Piece::kEnd;
     piece.place = tile_place(params.grid, begin.y, lane_now());
     return piece;
 }

@@ -14,10 +14,9 @@ __device__ uint32_t shared_address(T const& object) {
 
 // Descriptors come from a base in a uniform register, where wgmma takes them from: a base in ordinary registers would
 // cost a transfer per step, which takes about as long as the step.
-template <int kSwizzleBytes>
 class SwizzledOperand {
 public:
-    static constexpr int kRows = 64, kColumns = kSwizzleBytes / 2;
+    static constexpr int kRows = 64, kColumns = 64;
     static constexpr uint32_t kChunkBytes = kRows * kColumns * 2;
     static constexpr int kStepsPerChunk = kColumns / 16;
 
@@ -27,7 +26,7 @@ public:
     // The operand of the k-th step of 16 columns: (1, 1), a descriptor.
     __device__ auto step(int k) const {
         constexpr uint32_t kStrideOffset = 8 * kColumns * 2 / kUnit;  // from 8 rows to the next 8
-        constexpr uint32_t kSwizzle = (kSwizzleBytes == 128 ? 1u : kSwizzleBytes == 64 ? 2u : 3u) << 30;
+        constexpr uint32_t kSwizzle = 1u << 30;                       // of 128 bytes
         constexpr uint32_t kStepBytes = 16 * 2;
         uint32_t const offset = k / kStepsPerChunk * kChunkBytes + k % kStepsPerChunk * kStepBytes;
         uint64_t const descriptor = uint64_t(kStrideOffset | kSwizzle) << 32 | (low_word_ + offset / kUnit);
