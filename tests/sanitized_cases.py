@@ -129,6 +129,12 @@ DENSE_CASES = [
     ),
     SanitizedCase("two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 128, "num_heads_kv": 2}),
     SanitizedCase(
+        "rows unequally far apart",
+        [130, 0, 70],
+        num_workers=2,
+        shape={"seqlen_q": 3, "num_heads_q": 48, "strided_q": True},
+    ),
+    SanitizedCase(
         "shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[900, 900, 0], shape={"num_heads_q": 64}
     ),
     SanitizedCase(
@@ -313,6 +319,7 @@ _DENSE = {
     "lane without rows beside one that has some",
     "more parts than lanes of a warp",
     "more pieces than the queue holds",
+    "query rows that no tensor map describes",
 }
 _SWAPPED = {
     *(f"16 rows, clusters of {size}" for size in (8, 6, 4, 3, 2, 1)),
@@ -354,6 +361,9 @@ def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
         routes.add("gaps in queries, cache and output")
     if case.num_heads_kv > 1:
         routes.add("several KV heads")
+    are_in_order = case.num_heads_kv == 1 and not case.shape.get("strided_q")
+    if case.seqlen_q > 1 and case.num_rows_per_head_kv > case.seqlen_q and not are_in_order:
+        routes.add("query rows that no tensor map describes")
     if grid.num_lanes > 1 and grid.num_lanes % 2 == 1:
         routes.add("several lanes, one CTA per cluster")
     if case.num_rows_per_head_kv % grid.rows_per_tile != 0:

@@ -229,18 +229,29 @@ def test_softmax_scale(scale, dtype):
     check(q, cache, True, scale, lse_atol=1e-6 + 2e-6 * scale / DEFAULT_SCALE)
 
 
+# What keys at a position score more than others: ever more or less, or a step per page, at its begin or in its middle.
+RAMPS = {
+    "ascending": lambda position: position / PAGE_SIZE,
+    "descending": lambda position: -position / PAGE_SIZE,
+    "steps at pages": lambda position: position // PAGE_SIZE,
+    "steps within pages": lambda position: (position + PAGE_SIZE // 2) // PAGE_SIZE,
+}
+
+
 @DTYPES
-@pytest.mark.parametrize("ascending", [True, False], ids=["ascending", "descending"])
-def test_running_maximum(ascending, dtype):
-    """Scores that rise or fall by hundreds from block to block make every block, or none, rescale what was summed."""
+@pytest.mark.parametrize("num_heads_q", [16, 32, 64, 128])
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_running_maximum(ramp, num_heads_q, dtype):
+    """Scores that rise or fall by 16 per page make every block, or none, rescale what was summed."""
     length = 2000
     cache = make_cache([length, 500], 1, dtype, seed=11)
-    q = make_queries(2, 1, 16, dtype, seed=11).clone()
+    q = make_queries(2, 1, num_heads_q, dtype, seed=11).clone()
     direction = torch.zeros(HEAD_DIM, dtype=torch.float64, device="cuda")
     direction[HEAD_DIM_V:] = 1.0
-    ramp = torch.linspace(-4, 4, length, device="cuda", dtype=torch.float64) * (1 if ascending else -1)
-    q[..., HEAD_DIM_V:] = 1.0
     position = torch.arange(length, device="cuda")
+    ramp = RAMPS[ramp](position).double() / 4
+    ramp -= ramp.mean()
+    q[..., HEAD_DIM_V:] = 1.0
     for request, own_length in enumerate(cache.lengths):
         own = position[:own_length]
         page = cache.block_table[request].long()[own // PAGE_SIZE]
