@@ -15,17 +15,24 @@ struct KMaps {
     CUtensorMap latent, rope;
 };
 
+inline constexpr int64_t kElementBytes = 2;
+
+template <bool kIsBFloat16>
+inline constexpr auto kMapType = kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// Along which whole rows of kHeadDim columns are so many elements apart. A stride that is never used must still be a
+// valid one.
+inline TensorMapAxis row_axis(int extent, int64_t stride, uint32_t box) {
+    return {uint64_t(extent), (extent > 1 ? stride : kHeadDim) * kElementBytes, box};
+}
+
 template <bool kIsBFloat16>
 cudaError_t find_k_maps(KMaps* maps, DenseDecodeParams const& params) {
-    constexpr int64_t kElementBytes = 2, kRowBytes = kHeadDim * kElementBytes;
-    constexpr auto kType = kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    constexpr auto kType = kMapType<kIsBFloat16>;
     constexpr uint32_t kColumns = kKChunkColumns;
-    // A stride that is never used must still be a valid one.
-    TensorMapAxis const token{uint64_t(kPageSize), params.k_token_stride * kElementBytes, uint32_t(kPageSize)};
-    TensorMapAxis const head{uint64_t(params.num_heads_kv),
-                             params.num_heads_kv > 1 ? params.k_head_stride * kElementBytes : kRowBytes, 1};
-    TensorMapAxis const page{uint64_t(params.num_blocks),
-                             params.num_blocks > 1 ? params.k_block_stride * kElementBytes : kRowBytes, 1};
+    TensorMapAxis const token = row_axis(kPageSize, params.k_token_stride, kPageSize);
+    TensorMapAxis const head = row_axis(params.num_heads_kv, params.k_head_stride, 1);
+    TensorMapAxis const page = row_axis(params.num_blocks, params.k_block_stride, 1);
     TensorMapAxis const chunk_column{kColumns, kElementBytes, kColumns};
     TensorMapAxis const chunk{kKLatentChunks, kColumns * kElementBytes, kKLatentChunks / 2};
     TensorMapAxis const column{uint64_t(kHeadDim), kElementBytes, kColumns};

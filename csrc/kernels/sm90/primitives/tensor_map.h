@@ -74,8 +74,7 @@ cudaError_t encode_tensor_map(CUtensorMap* map, TensorMapSource<kRank> const& so
 }
 
 // The same, encoded once: layers and steps come with the same caches again, and mostly with queries in the same places.
-// A map holds an address and numbers, nothing
-// of the memory there or of a device, so it cannot become stale.
+// A map holds an address and numbers, nothing of the memory there or of a device, so it cannot become stale.
 template <int kRank>
 cudaError_t find_tensor_map(CUtensorMap* map, TensorMapSource<kRank> const& source) {
     constexpr size_t kMaxMaps = 1024;  // more than layers of a model; bounds what callers with ever new addresses leave
