@@ -29,7 +29,7 @@ DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 BATCH_SIZES = (1, 2, 6, 64, 133)
 SEQLENS_Q = (1, 2, 4)
-SEQLENS_K = (0, 1, 20, 63, 64, 65, 140, 4096)
+SEQLENS_K = (0, 1, 20, 32, 33, 63, 64, 65, 140, 4096)
 HEADS = [(q, kv) for q in (1, 3, 9, 16, 63, 64, 126, 128) for kv in (1, 2, 3) if q % kv == 0]
 
 # Query heads, and batch sizes with their longest requests, for both kernels and clusters of all sizes.
