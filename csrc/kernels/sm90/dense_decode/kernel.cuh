@@ -25,7 +25,8 @@
 //
 // Barriers (mbarriers)   arrivals                           waited for by
 //   first_rows[i]        who starts the copies + 73728 B    scores; for the first of them also who loads the first blocks
-//   next_rows            the same                           scores
+//   next_rows            the same; no bytes where the next  scores
+//                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
 //   latent_full[stage]   who starts the copies + 65536 B    scores
 //   rope_full            who starts the copy + 8192 B       scores
@@ -41,9 +42,9 @@
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
 // The scores warpgroup has a hardware barrier of its own, at the begin of a piece and before its second RoPE columns
-// are copied; an output warpgroup has one for clearing keys; and they wait by kFirstRowsBarrier until the first query
-// rows, which pass through the last stage, are in registers, as scores wait by kLastOutputsBarrier for the stage
-// through which the next ones pass. All that ordinary stores put where wgmma or a copy comes next passes a proxy fence
+// are copied; an output warpgroup has one for clearing keys. Output warpgroups begin a piece when its query rows are in
+// registers (kRowsBarrier), and scores wait for the outputs of its last block before they bring the next ones through
+// its stage (kLastOutputsBarrier). All that ordinary stores put where wgmma or a copy comes next passes a proxy fence
 // before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad, which
 // itself arrives at the barrier that orders it.
 //

@@ -30,8 +30,8 @@ struct OutputMainloop {
         if (role == WarpgroupRole::kOutputLow && thread < 32) {
             loader().load_first_blocks();
         }
-        cutlass::arch::NamedBarrier::sync(3 * 128, kFirstRowsBarrier);
         for (;; ++piece_count) {
+            cutlass::arch::NamedBarrier::sync(3 * 128, kRowsBarrier);
             if (shared.pieces.wait(piece_count).is_end()) return;
             run_piece();
         }

@@ -110,8 +110,7 @@ private:
             }
         }
         q.load_staged(shared, kFirstRowsStage);
-        cutlass::arch::NamedBarrier::arrive(3 * 128, kFirstRowsBarrier);
-        announce_consumed(kFirstRowsStage);
+        leave_stage(kFirstRowsStage);
     }
 
     // Where the next piece is of another tile, its query rows pass through the stage of the last block, as soon as the
@@ -120,19 +119,22 @@ private:
         uint32_t const index = shared.pieces.next_scores - 1, stage = (at.count - 1) % Traits::kNumStages;
         Piece const& next = next_piece();
         cutlass::arch::NamedBarrier::sync(3 * 128, kLastOutputsBarrier);
-        if (!next.is_end() && !next.is_of_tile(current_piece())) {
+        bool const has_other_rows = !next.is_end() && !next.is_of_tile(current_piece());
+        if (has_other_rows) {
             q.begin_loading(params, maps, shared, next, stage, shared.barriers.next_rows);
-            shared.barriers.next_rows.wait(index % 2);
-            q.load_staged(shared, stage);
         } else if (thread_in_warpgroup_now() == 0) {
             shared.barriers.next_rows.arrive();
         }
-        announce_consumed(stage);
+        shared.barriers.next_rows.wait(index % 2);
+        if (has_other_rows) q.load_staged(shared, stage);
+        leave_stage(stage);
     }
 
-    // By each warp, in place of those that compute the outputs.
-    __device__ void announce_consumed(uint32_t stage) const {
-        __syncwarp();
+    // Rows are in registers. By each warp, in place of those that compute the outputs, the stage is announced as
+    // consumed.
+    __device__ void leave_stage(uint32_t stage) const {
+        __syncwarp();  // a hardware barrier counts warps that execute it, diverged ones twice
+        cutlass::arch::NamedBarrier::arrive(3 * 128, kRowsBarrier);
         if (thread_in_warpgroup_now() % 32 != 0) return;
         for (int half = 0; half < 2; ++half) shared.barriers.announce_consumed(stage, half);
     }

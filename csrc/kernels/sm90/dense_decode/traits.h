@@ -18,9 +18,9 @@ enum class WarpgroupRole { kScores = 0, kOutputLow = 1, kOutputHigh = 2 };
 // Hardware barriers of a warpgroup among itself; 0 is __syncthreads.
 __device__ inline uint32_t warpgroup_barrier(WarpgroupRole role) { return 1 + static_cast<uint32_t>(role); }
 
-// The first query rows are in registers: the output warpgroups, which clear keys where these rows were, wait for all
-// threads that read them. In fact they do so anyway, but by way of two barriers, which racecheck does not follow.
-inline constexpr uint32_t kFirstRowsBarrier = 4;
+// The query rows of a piece are in registers: the output warpgroups, which clear keys where these rows were, wait for
+// all threads that read them. In fact they do so anyway, but by way of two barriers, which racecheck does not follow.
+inline constexpr uint32_t kRowsBarrier = 4;
 // The other way round: scores wait for the outputs of the last block of a piece, in whose stage keys may have been
 // cleared and query rows come next. p_consumed would say the same, but racecheck does not follow that either.
 inline constexpr uint32_t kLastOutputsBarrier = 5;
