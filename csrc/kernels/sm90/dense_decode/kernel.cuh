@@ -12,27 +12,28 @@
 // Warpgroups (registers)
 //   scores (184)       S, softmax, P to shared memory, log-sum-exp. Holds most of Q in registers. One of its warps looks
 //                      up pages and announces the pieces to the others
-//   output low (160)   O for columns 0–255; one of its warps loads the first blocks; copies that half of the next latent
-//                      columns to where V was, and the next RoPE columns
+//   output low (160)   O for columns 0–255; one of its warps loads the first blocks; copies that half of later latent
+//                      columns to where V was, and RoPE columns to where P was
 //   output high (160)  the same for columns 256–511, but for RoPE
 //
 // Shared memory (bytes)
 //   latent   3 × 65536   K's latent columns and V: 8 chunks (64 tokens × 64 columns, 128-byte swizzle) per stage
-//   rope          8192   K's RoPE columns, until they are multiplied
-//   p             8192   P (64 × 64), from when S of the next block of the piece is on its way until O of its block is done
+//   rope_or_p 2 × 8192   K's RoPE columns, and once they are multiplied P (64 × 64) of the block before; P of the last
+//                        block of a piece where its own RoPE columns and P of the block before were
 //   q            16384   the last 64 of Q's latent columns and its RoPE columns
-//   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 700 of it are free
+//   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 430 of it are free
 //
 // Barriers (mbarriers)   arrivals                           waited for by
 //   first_rows[i]        who starts the copies + 73728 B    scores; for the first of them also who loads the first blocks
 //   next_rows            the same; no bytes where the next  scores
 //                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
-//   latent_full[stage]   who starts the copies + 65536 B    scores
-//   rope_full            who starts the copy + 8192 B       scores
-//   p_ready              the quads of scores                output: P, rescale factors and the next page are there, and
-//                                                           the RoPE columns of the next block are multiplied
-//   p_consumed           the quads of output                scores, before they store P
+//   block_full[stage]    who starts the copies of latent    scores
+//                        and of RoPE columns + 73728 B
+//   p_ready[turn]        the quads of scores                output: P, rescale factors and the page of the third next
+//                                                           block are there
+//   p_consumed[turn]     the quads of output                who copies RoPE columns to where P was; scores, before they
+//                                                           store P of the last block of a piece
 //   consumed[stage][h]   4 warps of the output half h, of   who copies that half
 //                        every CTA; of scores for the last
 //                        block of a piece and, at first, for
@@ -41,12 +42,12 @@
 //   stats_empty          the quads of output                scores
 //   pieces.full[i]       who looks up pages                 scores, output
 // clang-format on
-// The scores warpgroup has a hardware barrier of its own, at the begin of a piece and before its second RoPE columns
-// are copied; an output warpgroup has one for clearing keys. Output warpgroups begin a piece when its query rows are in
-// registers (kRowsBarrier), and scores wait for the outputs of its last block before they bring the next ones through
-// its stage (kLastOutputsBarrier). All that ordinary stores put where wgmma or a copy comes next passes a proxy fence
-// before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad, which
-// itself arrives at the barrier that orders it.
+// The scores warpgroup has a hardware barrier of its own, at the begin of a piece and in each S, when its RoPE columns
+// are multiplied; an output warpgroup has one for clearing keys. Output warpgroups begin a piece when its query rows
+// are in registers (kRowsBarrier), and scores wait for the outputs of its last block before they bring the next ones
+// through its stage (kLastOutputsBarrier). All that ordinary stores put where wgmma or a copy comes next passes a proxy
+// fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad,
+// which itself arrives at the barrier that orders it.
 //
 // One block: S of block i+1 is issued, and P of block i stored meanwhile; once all of it is, the tensor cores have
 // some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1.
@@ -68,12 +69,11 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 __device__ void init_barriers(typename Traits::Barriers& barriers) {
     for (int stage = 0; stage < Traits::kNumStages; ++stage) {
-        barriers.latent_full[stage].init(Traits::kHalvesPerCta);
+        barriers.block_full[stage].init(Traits::kHalvesPerCta + 1);
         for (auto& consumed : barriers.consumed[stage]) consumed.init(4 * Traits::kClusterSize);
     }
-    barriers.rope_full.init(1);
-    barriers.p_ready.init(4 * kQuadsPerWarp);
-    barriers.p_consumed.init(8 * kQuadsPerWarp);
+    for (auto& p_ready : barriers.p_ready) p_ready.init(4 * kQuadsPerWarp);
+    for (auto& p_consumed : barriers.p_consumed) p_consumed.init(8 * kQuadsPerWarp);
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
     for (auto& first_rows : barriers.first_rows) first_rows.init(1);

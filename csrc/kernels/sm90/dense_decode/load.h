@@ -10,7 +10,7 @@
 namespace flash_mla::sm90 {
 
 // Brings in the KV blocks of a CTA. In a cluster each CTA copies one half of the latent columns to the same place in
-// both. RoPE columns each copies for itself: they are in a hurry, and would have to wait for the other CTA.
+// both. RoPE columns each copies for itself, to where its own P was.
 template <typename Traits>
 struct BlockLoader {
     DenseDecodeParams const& params;
@@ -38,6 +38,7 @@ struct BlockLoader {
             shared.barriers.first_pages.arrive();
             if (shared.order[0].head_kv != LoadOrder::kNothing) shared.barriers.first_rows[0].wait(0);
             load_own_halves({1});
+            load_rope({1});
             for (int half = 0; half < 2; ++half) {
                 if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
             }
@@ -56,14 +57,15 @@ struct BlockLoader {
         __syncwarp();
     }
 
-    // By one thread, once nobody reads the RoPE columns that were in this place.
+    // By one thread, once nobody reads the RoPE columns or P that were in this place.
     __device__ void load_rope(BlockPosition<Traits> const& block) const {
         LoadOrder const order = shared.order[block.order()];
         if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.rope_full;
+        auto& full = shared.barriers.block_full[block.stage()];
         full.arrive_and_expect_tx(Traits::kChunkBytes);
-        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(), shared.rope,
-                                     rope_column(), 0, order.head_kv, order.page);
+        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(),
+                                     shared.rope_or_p[block.rope_place()],
+                                     Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv, order.page);
     }
 
     // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies
@@ -78,7 +80,6 @@ struct BlockLoader {
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
 
-    __device__ static int rope_column() { return Traits::kLatentChunks * Traits::kChunkColumns; }
     __device__ void load_own_halves(BlockPosition<Traits> const& block) const {
         for (int half = 0; half < 2; ++half) {
             if (copies_half(half)) load_half(block, half);
@@ -97,7 +98,7 @@ private:
         if (order.head_kv == LoadOrder::kNothing) return;
         constexpr int kHalfBytes = Traits::kChunksPerHalf * Traits::kChunkBytes;
         int const chunk = half * Traits::kChunksPerHalf;
-        auto& full = shared.barriers.latent_full[block.stage()];
+        auto& full = shared.barriers.block_full[block.stage()];
         full.arrive_and_expect_tx(kHalfBytes * Traits::kClusterSize);
         auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
         auto* const target = shared.latent[block.stage()][chunk];
@@ -107,10 +108,6 @@ private:
         } else {
             cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&maps.latent, bytes_arrived, kToAll, cache_hint(), target, 0, 0,
                                                    chunk, order.head_kv, order.page);
-        }
-        // Room for the RoPE columns comes later; until then they wait in the L2.
-        if (half == 0) {
-            cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, rope_column(), 0, order.head_kv, order.page);
         }
     }
 };

@@ -56,28 +56,31 @@ private:
         int num_keys = piece.seqlen - piece.begin_block * kPageSize;
         int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
         for (; num_keys > num_keys_after; num_keys -= kPageSize) {
-            shared.barriers.p_ready.wait(at.parity());
-            if (flag_for_warp(shared.must_rescale[at.parity()][thread / 32])) rescale(outputs);
+            int const keys_left = num_keys - kPageSize - num_keys_after;
+            // Before the wait, after which each cycle counts.
+            ColumnwiseOperand const p(shared_address(shared.rope_or_p[at.p_place(keys_left == 0)]));
+            RowwiseOperand const v(shared_address(shared.latent[at.stage()][first_chunk()]));
+            shared.barriers.p_ready[at.p_turn()].wait(at.p_phase());
+            if (flag_for_warp(shared.must_rescale[at.stage()][thread / 32])) rescale(outputs);
             if (num_keys < kPageSize) clear_keys_from(num_keys);
-            issue(outputs);
-            bool const scores_are_ahead = num_keys - kPageSize > num_keys_after;
-            if (role == WarpgroupRole::kOutputLow && thread == 0 && scores_are_ahead) loader().load_rope(at.later(2));
+            issue(p, v, outputs);
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);
-            quads_arrive(shared.barriers.p_consumed);
-            at.advance();
-            if (num_keys - kPageSize > num_keys_after) {
-                if (thread % 32 == 0) shared.barriers.announce_consumed(at.later(kLast).stage(), half());
-                refill();
+            quads_arrive(shared.barriers.p_consumed[at.p_turn()]);
+            if (keys_left != 0) {
+                if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
+                refill(at.later(Traits::kNumStages));
             } else {
                 cutlass::arch::NamedBarrier::arrive(3 * 128, kLastOutputsBarrier);
             }
+            refill_rope(keys_left);
+            at.advance();
         }
         store(outputs);
     }
 
     __device__ void rescale(Outputs& outputs) {
-        auto const& rescale = shared.rescale[at.parity()];
+        auto const& rescale = shared.rescale[at.stage()];
         float const factor[kRowsPerThread] = {load_for_quad(rescale[fragment_row(thread, 0)]),
                                               load_for_quad(rescale[fragment_row(thread, 1)])};
 #pragma unroll
@@ -95,31 +98,35 @@ private:
         cutlass::arch::NamedBarrier::sync(128, barrier());
     }
 
-    __device__ void issue(Outputs& outputs) {
+    __device__ static void issue(ColumnwiseOperand const& p, RowwiseOperand const& v, Outputs& outputs) {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        SwizzledOperand const p(shared_address(shared.p));
-        Tensor const s_v =
-            make_tensor(make_smem_ptr(shared.latent[at.stage()][first_chunk()]), typename Traits::LayoutV{});
-        Tensor const r_v = mma.get_slice(0).partition_fragment_B(s_v);  // (MMA, 1, k)
-
         fence_outputs(outputs);
         warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < size<2>(r_v); ++k) {
-            cute::gemm(mma, p.step(k), r_v(_, _, k), outputs);
-        }
+        for (int k = 0; k < kPageSize / 16; ++k) cute::gemm(mma, p.step(k), v.step(k), outputs);
         warpgroup_commit_batch();
         fence_outputs(outputs);
     }
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    // Copies a later block to where the one before the current was. The stage of the last block of a piece is announced
-    // as consumed by scores, when query rows have passed through it, and so refilled later than others.
     static constexpr uint32_t kLast = Traits::kNumStages - 1;
-    __device__ void refill() const {
-        if (thread == 0 && loader().copies_half(half())) loader().fill_half(at.later(kLast), half());
+
+    // Copies a later block to where the one just consumed was. The stage of the last block of a piece is announced as
+    // consumed by scores, when query rows have passed through it, and so refilled later than others.
+    __device__ void refill(BlockPosition<Traits> const& block) const {
+        if (thread == 0 && loader().copies_half(half())) loader().fill_half(block, half());
+    }
+
+    // Copies the RoPE columns of a later block to where P of the current one was, when both output warpgroups have
+    // consumed it. That is the place of the third next block; of the second next, if this one is the last of its piece;
+    // and not free yet if it is the last but one, as P of the last comes there. What is missing then, the block two
+    // after the first of a piece, scores copy.
+    __device__ void refill_rope(int keys_left) const {
+        if (role != WarpgroupRole::kOutputLow || thread != 0 || keys_left == kPageSize) return;
+        shared.barriers.p_consumed[at.p_turn()].wait(at.p_phase());
+        loader().load_rope(at.later(keys_left == 0 ? 2 : 3));
     }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
@@ -128,11 +135,11 @@ private:
         shared.barriers.stats_full.wait(piece_count % 2);
         if constexpr (Traits::kSummation == Summation::kBySegments) {
             fold_half<0>(piece_now(), outputs);
-            refill();
+            refill(at.later(kLast));
             fold_half<1>(piece_now(), outputs);
         } else {
             store_half<0>(piece_now(), outputs);
-            refill();
+            refill(at.later(kLast));
             store_half<1>(piece_now(), outputs);
         }
         quads_arrive(shared.barriers.stats_empty);

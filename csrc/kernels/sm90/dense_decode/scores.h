@@ -22,8 +22,8 @@ struct ScoresMainloop {
     static constexpr int kFirstRowsStage = Traits::kNumStages - 1;
     static constexpr int kLatentSteps = Traits::kLatentChunks * Traits::kStepsPerChunk;
     // P of the block before is stored after so many steps for which Q is in registers, a quarter at a time: late enough
-    // for the outputs before it to be done with its place, early enough to be through before the last step.
-    static constexpr int kStepsBeforeStore = 8, kStepsPerStore = 2, kNumStores = kPageSize / 16;
+    // for the RoPE columns, whose place it takes, to be multiplied, early enough to be through before the last step.
+    static constexpr int kStepsBeforeStore = 4, kStepsPerStore = 2, kNumStores = kPageSize / 16;
     static_assert(kStepsBeforeStore + (kNumStores - 1) * kStepsPerStore < kRegisterSteps);
 
     // P of a block as the operand of the outputs, packed; undefined until computed.
@@ -73,26 +73,25 @@ private:
             // P of the block before has waited in registers until these scores are on their way: so the tensor cores
             // have work while it is stored. Then its output may begin: by the time it does, the tensor cores are nearly
             // through with these scores, and then busy with the output while the softmax is computed.
-            bool const has_stored = issue_scores(scores, !is_first, probabilities);
-            cute::warpgroup_wait<1>();
+            issue_scores(scores, !is_first, probabilities);
             if (is_first) {
                 if (at.count == 0) shared.barriers.first_pages.wait(0);
-                refill_rope();
+                if (blocks_left != 0) refill_rope();
             } else {
-                if (!has_stored) store_all(probabilities);
                 release_probabilities();
             }
             if (is_look_up_warp()) loader().look_up(at.later(Traits::kNumStages));
             bool const is_masked = at.count >= shared.first_masked;
             cute::warpgroup_wait<0>();
             cute::warpgroup_fence_operand(scores);
-            // The page looked up meanwhile is there for who sees p_ready.
+            // The page looked up meanwhile is there for who sees p_ready, and for scores behind their barrier in the
+            // next S.
             cute::cp_async_wait<0>();
             if (is_masked) mask(scores, blocks_left);
             compute_probabilities(scores, softmax, probabilities);
             at.advance();
         } while (blocks_left != 0);
-        store_all(probabilities);
+        store_last(probabilities);
         release_probabilities();
     }
 
@@ -171,21 +170,17 @@ private:
         }
     }
 
-    // Starts the scores of the current block, in two batches: the RoPE columns, whose place is wanted soon, and the
-    // others; meanwhile P of the block before is stored, if it is held and its place is free. Returns whether it was.
-    // Nothing here branches once the first wgmma is issued: after a branch the next one waits until all before are
-    // done.
-    __device__ bool issue_scores(Scores& scores, bool holds_previous, Probabilities const& probabilities) {
+    // Starts the scores of the current block: first the RoPE columns, to whose place P of the block before is stored
+    // meanwhile, if it is held. Nothing here branches once the first wgmma is issued: after a branch the next one waits
+    // until all before are done.
+    __device__ void issue_scores(Scores& scores, bool holds_previous, Probabilities const& probabilities) {
         using namespace cute;
-        auto const& rope_full = shared.barriers.rope_full;
-        auto const& latent_full = shared.barriers.latent_full[at.stage()];
-        bool const has_rope = rope_full.try_wait(at.parity()), has_latent = latent_full.try_wait(at.stage_phase());
-        if (!has_rope) rope_full.wait(at.parity());
-        if (!has_latent) latent_full.wait(at.stage_phase());
-        SwizzledOperand const q_latent(shared_address(shared.q[0])),
-            q_rope(shared_address(shared.q[Traits::kQSharedChunks - 1])), rope(shared_address(shared.rope)),
+        ColumnwiseOperand const q_latent(shared_address(shared.q[0])),
+            q_rope(shared_address(shared.q[Traits::kQSharedChunks - 1])),
+            rope(shared_address(shared.rope_or_p[at.rope_place()])),
             latent(shared_address(shared.latent) + at.stage() * sizeof(shared.latent[0]));
-        uint32_t const address = probabilities_address();
+        uint32_t const address = probabilities_address(at.rope_place());
+        shared.barriers.block_full[at.stage()].wait(at.stage_phase());
         warpgroup_fence_operand(scores);
         warpgroup_arrive();
         MmaSharedQ mma;
@@ -204,50 +199,50 @@ private:
         Tensor const r_q = make_tensor(
             make_rmem_ptr(reinterpret_cast<Element*>(q.word)),
             Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterSteps>>, Stride<Stride<_1, _2, _4>, _0, _8>>{});
-        bool stores = false;
 #pragma unroll
         for (int step = 0; step < kRegisterSteps; ++step) {
             gemm(mma_register_q, r_q(_, _, step), latent.step(step), scores);
-            if (step == kStepsBeforeStore) stores = __all_sync(~0u, holds_previous & is_place_free());
+            if (step == kStepsBeforeStore) {
+                // All warps are through with the RoPE columns: of three batches the first is done.
+                warpgroup_commit_batch();
+                warpgroup_wait<1>();
+                sync_warpgroup();
+            }
             int const stored = (step - kStepsBeforeStore) / kStepsPerStore;
             if (step >= kStepsBeforeStore && step % kStepsPerStore == 0 && stored < kNumStores)
-                store(stored, stores, address, probabilities);
+                store(stored, holds_previous, address, probabilities);
         }
         warpgroup_commit_batch();
         warpgroup_fence_operand(scores);
-        return stores;
     }
 
-    // Copies the RoPE columns of a later block to where those of the current one were.
+    // Copies the RoPE columns of the block after the next to where those of the current one were. This one begins a
+    // piece, so no P comes there, and does not end it.
     __device__ void refill_rope() const {
-        sync_warpgroup();
-        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(1));
+        if (thread_in_warpgroup_now() == 0) loader().load_rope(at.later(2));
     }
 
-    // Turns the scores of the current block into P, and says what O must be rescaled with before: in one of two places,
-    // as the block before may need the other one still.
+    // Turns the scores of the current block into P, and says what O must be rescaled with before: in one of three
+    // places, as the two blocks before may need the others still.
     __device__ void compute_probabilities(Scores& scores, OnlineSoftmax& softmax, Probabilities& probabilities) const {
         int const thread = thread_in_warpgroup_now();
         float rescale[kRowsPerThread];
         bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
         if (must_rescale && thread % 4 == 0) {
-            shared.rescale[at.parity()][fragment_row(thread, 0)] = rescale[0];
-            shared.rescale[at.parity()][fragment_row(thread, 1)] = rescale[1];
+            shared.rescale[at.stage()][fragment_row(thread, 0)] = rescale[0];
+            shared.rescale[at.stage()][fragment_row(thread, 1)] = rescale[1];
         }
-        if (thread % 32 == 0) shared.must_rescale[at.parity()][thread / 32] = must_rescale;
+        if (thread % 32 == 0) shared.must_rescale[at.stage()][thread / 32] = must_rescale;
         softmax.exponentiate(scores, params.softmax_scale_log2);
 #pragma unroll
         for (int i = 0; i < kNumScores / 2; ++i)
             probabilities.word[i] = pack_pair(scores[2 * i], scores[2 * i + 1], Element{});
     }
 
-    // Whether the outputs before those of the block before the current one are done with P.
-    __device__ bool is_place_free() const { return shared.barriers.p_consumed.test_wait(at.parity()); }
-
     // Where this lane stores its part of the first two tiles of 8 columns of P.
-    __device__ uint32_t probabilities_address() const {
+    __device__ uint32_t probabilities_address(uint32_t place) const {
         int const thread = thread_in_warpgroup_now(), lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-        return shared_address(shared.p) + row * 128 + (lane / 16 ^ row % 8) * 16;
+        return shared_address(shared.rope_or_p[place]) + row * 128 + (lane / 16 ^ row % 8) * 16;
     }
     // Two tiles of 8 columns of P.
     __device__ static void store(int pair, bool stores, uint32_t address, Probabilities const& probabilities) {
@@ -255,16 +250,20 @@ private:
         store_matrix_x4_if(stores, address ^ pair * 32,
                            {word[4 * pair], word[4 * pair + 1], word[4 * pair + 2], word[4 * pair + 3]});
     }
-    __device__ void store_all(Probabilities const& probabilities) const {
-        uint32_t const address = probabilities_address();
-        shared.barriers.p_consumed.wait(at.parity());
+    // Of the last block of a piece, when the current one is the next: to where its RoPE columns and then P of the block
+    // before were.
+    __device__ void store_last(Probabilities const& probabilities) const {
+        auto const last = at.previous(), last_but_one = last.previous();
+        uint32_t const address = probabilities_address(last.rope_place());
+        shared.barriers.p_consumed[last_but_one.p_turn()].wait(last_but_one.p_phase());
 #pragma unroll
         for (int pair = 0; pair < kNumStores; ++pair) store(pair, true, address, probabilities);
     }
 
+    // Of the block before the current one.
     __device__ void release_probabilities() const {
         cutlass::arch::fence_view_async_shared();
-        quads_arrive(shared.barriers.p_ready);
+        quads_arrive(shared.barriers.p_ready[at.previous().p_turn()]);
     }
 
     // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.

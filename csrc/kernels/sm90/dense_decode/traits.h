@@ -59,11 +59,6 @@ struct DenseDecodeTraits {
     static constexpr int kQRegisterSteps = kQRegisterChunks * kStepsPerChunk;
     static constexpr int kQSharedChunks = kNumChunks - kQRegisterChunks;
 
-    using MNMajorAtom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
-    // Half of the latent columns, read with the tokens as the reduction: (dim, token)
-    using LayoutV = decltype(cute::tile_to_shape(
-        MNMajorAtom{}, cute::Shape<cute::Int<kHalfColumns>, cute::Int<kPageSize>>{}, cute::Step<cute::_2, cute::_1>{}));
-
     static constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
     static constexpr auto kK = cute::GMMA::Major::K;
     static constexpr auto kMN = cute::GMMA::Major::MN;
@@ -80,10 +75,9 @@ struct DenseDecodeTraits {
     __device__ static int rank() { return kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     struct Barriers {
-        TransactionBarrier latent_full[kNumStages];
-        TransactionBarrier rope_full;
-        Barrier p_ready, p_consumed;
-        Barrier consumed[kNumStages][2];  // per half of the latent columns, in the CTA that copies it
+        TransactionBarrier block_full[kNumStages];
+        Barrier p_ready[2], p_consumed[2];  // blocks take turns
+        Barrier consumed[kNumStages][2];    // per half of the latent columns, in the CTA that copies it
         Barrier stats_full, stats_empty;
         TransactionBarrier first_rows[2], next_rows;  // rows of the likely first piece, of the true one; of later ones
         Barrier first_pages;                          // looked up
@@ -101,10 +95,9 @@ struct DenseDecodeTraits {
     struct SharedStorage {
         alignas(1024) Element q[kQSharedChunks][kChunkElements];
         alignas(1024) Element latent[kNumStages][kLatentChunks][kChunkElements];
-        alignas(1024) Element rope[kChunkElements];
-        alignas(1024) Element p[kChunkElements];
-        float rescale[2][kBlockM];
-        bool must_rescale[2][4];  // per warp of a warpgroup: its 16 rows
+        alignas(1024) Element rope_or_p[2][kChunkElements];
+        float rescale[kNumStages][kBlockM];
+        bool must_rescale[kNumStages][4];  // per warp of a warpgroup: its 16 rows
         float inverse_sum[kBlockM];
         uint32_t first_masked;  // count of the first block of the piece that is masked
         LoadCursor<Pieces> loads;
@@ -125,11 +118,18 @@ struct BlockPosition {
     // Of `consumed`, that lets this block into its stage. The last stage was consumed once more, after the first query
     // rows had been there.
     __device__ uint32_t consumed_phase() const { return (count - (Traits::kNumStages - 1)) / Traits::kNumStages % 2; }
-    // Phase of the barriers of P and of the RoPE columns, and the place of what P's rows are rescaled with.
-    __device__ uint32_t parity() const { return count % 2; }
+    // Of `p_ready` and `p_consumed`. Of each there are two, since scores may be two blocks ahead of the outputs: with
+    // one, two of its phases could end before somebody looks.
+    __device__ uint32_t p_turn() const { return count % 2; }
+    __device__ uint32_t p_phase() const { return count / 2 % 2; }
+    // Place of the block's RoPE columns, and once they are multiplied of P of the block before. The last block of a
+    // piece has no next one to wait for: its P comes to its own place, when P of the block before is consumed.
+    __device__ uint32_t rope_place() const { return count % 2; }
+    __device__ uint32_t p_place(bool is_last_of_piece) const { return (count + !is_last_of_piece) % 2; }
     __device__ uint32_t order() const { return count % Traits::kNumOrders; }
     __device__ void advance() { ++count; }
     __device__ BlockPosition later(uint32_t blocks) const { return {count + blocks}; }
+    __device__ BlockPosition previous() const { return {count - 1}; }
 };
 
 }  // namespace flash_mla::sm90
