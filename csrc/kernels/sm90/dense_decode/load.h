@@ -27,18 +27,14 @@ struct BlockLoader {
     }
     __device__ void load_first_blocks() const {
         bool const is_loading_thread = thread_in_warpgroup_now() == 0;
-        if (is_loading_thread) {
-            load_own_halves({0});
-            load_rope({0});
-        }
+        if (is_loading_thread) load_own_share({0});
 #pragma unroll 1
         for (uint32_t block = 1; block < Traits::kNumStages; ++block) look_up({block});
         cute::cp_async_wait<0>();
         if (is_loading_thread) {
             shared.barriers.first_pages.arrive();
             if (shared.order[0].head_kv != LoadOrder::kNothing) shared.barriers.first_rows[0].wait(0);
-            load_own_halves({1});
-            load_rope({1});
+            load_own_share({1});
             for (int half = 0; half < 2; ++half) {
                 if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
             }
@@ -80,10 +76,12 @@ struct BlockLoader {
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
 
-    __device__ void load_own_halves(BlockPosition<Traits> const& block) const {
+    // What this CTA copies of a block, to where nothing has been yet.
+    __device__ void load_own_share(BlockPosition<Traits> const& block) const {
         for (int half = 0; half < 2; ++half) {
             if (copies_half(half)) load_half(block, half);
         }
+        load_rope(block);
     }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.

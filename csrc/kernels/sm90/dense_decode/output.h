@@ -69,7 +69,7 @@ private:
             quads_arrive(shared.barriers.p_consumed[at.p_turn()]);
             if (keys_left != 0) {
                 if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
-                refill(at.later(Traits::kNumStages));
+                refill(at);
             } else {
                 cutlass::arch::NamedBarrier::arrive(3 * 128, kLastOutputsBarrier);
             }
@@ -111,12 +111,11 @@ private:
 
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
-    static constexpr uint32_t kLast = Traits::kNumStages - 1;
-
-    // Copies a later block to where the one just consumed was. The stage of the last block of a piece is announced as
+    // Copies a later block to where a consumed one was. The stage of the last block of a piece is announced as
     // consumed by scores, when query rows have passed through it, and so refilled later than others.
-    __device__ void refill(BlockPosition<Traits> const& block) const {
-        if (thread == 0 && loader().copies_half(half())) loader().fill_half(block, half());
+    __device__ void refill(BlockPosition<Traits> const& consumed) const {
+        if (thread != 0 || !loader().copies_half(half())) return;
+        loader().fill_half(consumed.later(Traits::kNumStages), half());
     }
 
     // Copies the RoPE columns of a later block to where P of the current one was, when both output warpgroups have
@@ -135,11 +134,11 @@ private:
         shared.barriers.stats_full.wait(piece_count % 2);
         if constexpr (Traits::kSummation == Summation::kBySegments) {
             fold_half<0>(piece_now(), outputs);
-            refill(at.later(kLast));
+            refill(at.previous());
             fold_half<1>(piece_now(), outputs);
         } else {
             store_half<0>(piece_now(), outputs);
-            refill(at.later(kLast));
+            refill(at.previous());
             store_half<1>(piece_now(), outputs);
         }
         quads_arrive(shared.barriers.stats_empty);

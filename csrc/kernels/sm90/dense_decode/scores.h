@@ -115,7 +115,7 @@ private:
     // Where the next piece is of another tile, its query rows pass through the stage of the last block, as soon as the
     // outputs of that are done. Only then may another block come there.
     __device__ void load_next_q() {
-        uint32_t const index = shared.pieces.next_scores - 1, stage = (at.count - 1) % Traits::kNumStages;
+        uint32_t const index = shared.pieces.next_scores - 1, stage = at.previous().stage();
         Piece const& next = next_piece();
         cutlass::arch::NamedBarrier::sync(3 * 128, kLastOutputsBarrier);
         bool const has_other_rows = !next.is_end() && !next.is_of_tile(current_piece());
