@@ -30,14 +30,14 @@ DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
 SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 2, 2
 
 # Where bits must not depend on the batch: see csrc/params/segments.h, which this follows.
-MAX_SEGMENTS = 64  # of a tile
+MAX_SEGMENTS = 128  # of a tile
 FOLD_LEVELS = 3
 DENSE_MIN_SEGMENT = 16  # blocks
-SWAPPED_MIN_SEGMENT = 8  # blocks, of a whole cluster
-INVARIANT_SPLIT_CTAS = 2  # CTAs of a cluster of the swapped kernel
+SWAPPED_MIN_SEGMENT = 4
+SWAPPED_MIN_SEGMENT_OF_32_ROWS = 8
 MAX_SCRATCH_BYTES = 64_000_000
 # Granules of a tile at most, the smallest granules first, and log2 of it.
-NUM_GRANULES = {64: 6, 8: 3, 2: 1, 1: 0}
+NUM_GRANULES = {128: 7, 16: 4, 4: 2, 1: 0}
 
 _FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
 _ROW_FLOATS = 512 + 1  # of a partial result: out and its log-sum-exp
@@ -185,11 +185,10 @@ def num_partial_rows(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int)
 def invariant_grid(
     batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """One kernel and one size of clusters for as many query rows, whatever the batch; and the smallest granules whose
-    values there is room for."""
+    """One kernel, without clusters that share out blocks, for as many query rows, whatever the batch; and the smallest
+    granules whose values there is room for."""
     if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
-        split_ctas = INVARIANT_SPLIT_CTAS if capacity.num_clusters[INVARIANT_SPLIT_CTAS] > 0 else 1
-        grid = _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
+        grid = _swapped_grid_of(1, num_rows_per_head_kv, num_heads_kv, capacity)
     else:
         grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
     for num_granules in NUM_GRANULES:
@@ -207,18 +206,20 @@ def decode_grid(
 
 
 def invariant_scratch_bytes(grid: WorkerGrid, batch_size: int) -> int:
-    """Slots for what waits at the levels within a granule and for the values of granules, and for the dense kernel what
-    its scores warpgroup tells the others."""
-    num_ctas = grid.num_workers * grid.num_lanes  # or clusters
+    """Slots for what waits at the levels within a granule and for the values of granules."""
+    num_ctas = grid.num_workers * grid.num_lanes
     granules = 0 if grid.num_granules == 1 else grid.num_granules
     num_slots = num_ctas * levels_with_slots(grid.num_granules)
     num_slots += batch_size * grid.tiles_per_request * grid.num_lanes * granules
-    fold_step_floats = 0 if grid.is_swapped else num_ctas * (FOLD_LEVELS + 1) * BLOCK_M * 4
-    return 4 * (num_slots * grid.rows_per_tile * _ROW_FLOATS + fold_step_floats)
+    return 4 * num_slots * grid.rows_per_tile * _ROW_FLOATS
 
 
 def min_segment_blocks(rows_per_tile: int) -> int:
-    return SWAPPED_MIN_SEGMENT if rows_per_tile < BLOCK_M else DENSE_MIN_SEGMENT
+    return {
+        _FEW_ROWS: SWAPPED_MIN_SEGMENT,
+        _MORE_ROWS: SWAPPED_MIN_SEGMENT_OF_32_ROWS,
+        BLOCK_M: DENSE_MIN_SEGMENT,
+    }[rows_per_tile]
 
 
 def num_segments_of(num_blocks: int, min_blocks: int) -> int:
@@ -236,41 +237,54 @@ def segment_range(segment: int, num_segments: int, num_blocks: int) -> range:
 
 def radices_of(num_segments: int) -> tuple[int, int, int]:
     """Of the levels of the tree over so many segments, the innermost first."""
-    top = min(num_segments, 2)
+    top = min(num_segments, 4)
     middle = min(num_segments // top, 4)
     return num_segments // (top * middle), middle, top
 
 
 def levels_in_granule(num_granules: int) -> int:
-    return {64: 0, 8: 1, 2: 2, 1: 3}[num_granules]
+    return {128: 0, 16: 1, 4: 2, 1: 3}[num_granules]
 
 
 def levels_with_slots(num_granules: int) -> int:
-    """Levels that need a slot of the CTA: what is folded last within a granule waits in the granule's own slot."""
+    """Levels that need a slot of the CTA: what begins where a granule does waits in the granule's own slot."""
     return FOLD_LEVELS if num_granules == 1 else max(levels_in_granule(num_granules) - 1, 0)
 
 
 def segment_at(place: int, num_segments: int, num_granules: int) -> int:
-    """The first segment at or behind a place of the plan, in 64ths of the tile."""
+    """The segment at a place of the plan, in 128ths of the tile; the first one of a granule."""
     granules = min(num_segments, num_granules)
     return place * granules // MAX_SEGMENTS * (num_segments // granules)
 
 
-def fold_path(segment: int, num_segments: int, num_levels: int) -> tuple[list[int], int]:
-    """What becomes of the value of a segment in the first levels of the tree.
+class FoldPath(NamedTuple):
+    """What becomes of the value of a segment."""
 
-    Returns:
-        The levels where it is folded with what waits there, and the one where it waits then: num_levels where it has
-        become the whole node above them.
+    folds: list[int]  # levels where it is folded with what waits there
+    end_level: int  # where it is left then; FOLD_LEVELS where it has become the whole tile
+    first: int  # segment of what is left: the begin of a chain, or a member whose chain another worker has begun
+
+
+def fold_path(segment: int, begin: int, num_segments: int) -> FoldPath:
+    """The path of a segment's value through the tree.
+
+    Args:
+        segment, begin: this one, and the first one that its worker has of the tile.
+        num_segments: of the tile.
     """
-    folds = []
-    for level, radix in enumerate(radices_of(num_segments)[:num_levels]):
-        segment, member = divmod(segment, radix)
+    folds: list[int] = []
+    size = 1  # segments in a member of the level's chains
+    for level, radix in enumerate(radices_of(num_segments)):
+        member = segment // size % radix
+        chain = segment // (size * radix) * size * radix
+        if member > 0 and chain < begin:
+            return FoldPath(folds, level, segment // size * size)
         if member > 0:
             folds.append(level)
         if member < radix - 1:
-            return folds, level
-    return folds, num_levels
+            return FoldPath(folds, level, chain)
+        size *= radix
+    return FoldPath(folds, FOLD_LEVELS, 0)
 
 
 def decode_schedule(
@@ -290,7 +304,7 @@ def decode_schedule(
     Returns:
         tile_scheduler_metadata: (num_plan_rows, 8) int32; per worker begin_batch, begin_tile, begin_block, end_batch,
             end_tile, end_block (exclusive), num_pieces, last_worker. The last rows are without work where the grid has
-            fewer workers. With batch_invariant the blocks are 64ths of the tile, and last_worker is the worker itself.
+            fewer workers. With batch_invariant the blocks are 128ths of the tile, and last_worker is the worker itself.
         num_splits: (batch_size + 1,) int32, running count of pieces.
     """
     grid = decode_grid(cache_seqlens.shape[0], num_rows_per_head_kv, num_heads_kv, capacity, batch_invariant)
@@ -396,12 +410,12 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
 def _nearest_granule(
     tile: Tensor, part: Tensor, whole: Tensor, num_blocks: Tensor, grid: WorkerGrid
 ) -> tuple[Tensor, Tensor]:
-    """The boundary between granules that is nearest to part / whole of a tile: the tile and the place in it, in 64ths.
+    """The boundary between granules that is nearest to part / whole of a tile: the tile and the place in it, in 128ths.
     The end of a tile is the begin of the next."""
     blocks = num_blocks[tile.div(grid.tiles_per_request, rounding_mode="floor")]
     num_granules = torch.ones_like(blocks)
     min_blocks = min_segment_blocks(grid.rows_per_tile)
-    for segments in (2, 4, 8, 16, 32, 64):
+    for segments in (2, 4, 8, 16, 32, 64, 128):
         if segments <= grid.num_granules:
             num_granules = torch.where(blocks >= segments * min_blocks, segments, num_granules)
     granule = torch.where(whole > 0, (2 * part * num_granules + whole) // (2 * whole).clamp(min=1), 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 from plans import plan_for_few_workers
 from reference import assert_close, reference
-from segments import fold_by_workers, walk
+from segments import fold_by_workers, num_blocks_of, walk
 from torch import Tensor
 
 import flash_mla  # noqa: F401
@@ -199,90 +200,112 @@ SWAPPED_CASES = [
 
 CASES = [*DENSE_CASES, *SWAPPED_CASES]
 
-# Tiles of 1 to 16 segments, whose values wait at each of the levels, in each kind of slot, and are folded there.
+# A tile of 32 segments or more, cut where something is left at every level that may be cut, one of a single worker, and
+# tiles of one segment.
+_STRIDED: dict[str, Any] = {"strided_cache": True, "strided_q": True}
 INVARIANT_CASES = [
     *(
         SanitizedCase(
             f"invariant, at most {num_granules} granules",
-            [64 * 259 - 3, 64 * 40, 100, 0],
-            num_workers=3,
+            [64 * 515 - 3, 64 * more_blocks, 100],
+            num_workers=2,
             num_granules=num_granules,
             strided_out=True,
-            shape={"num_heads_q": 48, "strided_cache": True, "strided_q": True},
+            shape={"num_heads_q": 48, **_STRIDED},
         )
-        for num_granules in schedule.NUM_GRANULES
+        for num_granules, more_blocks in ((128, 152), (16, 104), (4, 52), (1, 52))
     ),
     *(
         SanitizedCase(
             f"invariant, pair of tiles, causal, at most {num_granules} granules",
-            [64 * 64 + 1, 1, 70],
-            num_workers=2,
+            lengths,
+            num_workers=3,
             num_granules=num_granules,
             shape={"seqlen_q": 2, "num_heads_q": 64, "causal": True},
         )
-        for num_granules in (64, 1)
+        for num_granules, lengths in ((128, [64 * 70 + 1]), (16, [64 * 150 + 1, 1, 70]))
     ),
     SanitizedCase(
         "invariant, two KV heads, planned for other lengths",
-        [64 * 70, 100, 0],
+        [64 * 70, 64 * 40, 0],
         num_workers=5,
         planned_lengths=[10, 64 * 70, 900],
-        num_granules=8,
+        num_granules=16,
         shape={"num_heads_q": 128, "num_heads_kv": 2},
     ),
     *(
         SanitizedCase(
             f"invariant, swapped, at most {num_granules} granules",
-            [64 * 131 - 3, 64 * 20, 100, 0],
-            num_workers=3,
+            [64 * num_blocks - 3, 64 * more_blocks, 100],
+            num_workers=num_workers,
             num_granules=num_granules,
             strided_out=True,
-            shape={"num_heads_q": 12, "strided_cache": True, "strided_q": True},
+            shape={"num_heads_q": 12, **_STRIDED},
         )
-        for num_granules in schedule.NUM_GRANULES
+        for num_granules, num_workers, num_blocks, more_blocks in (
+            (128, 2, 259, 70),
+            (16, 2, 131, 16),
+            (4, 4, 67, 22),
+            (1, 2, 67, 10),
+        )
     ),
     *(
         SanitizedCase(
             f"invariant, swapped, 32 rows, causal, at most {num_granules} granules",
-            [64 * 64 + 1, 1, 70],
+            [64 * 259 + 1, 64 * more_blocks, 70],
             num_workers=2,
             num_granules=num_granules,
             shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
         )
-        for num_granules in (64, 1)
+        for num_granules, more_blocks in ((128, 78), (16, 42), (4, 24), (1, 10))
     ),
-    SanitizedCase("invariant, swapped, no more blocks than stages", [250, 100, 0], num_granules=64),
+    # A CTA has one segment of the long tile: racecheck can follow this.
+    SanitizedCase("invariant, swapped, no more blocks than stages", [64 * 64 - 3, 100], num_granules=128),
 ]
-_INVARIANT_WAYS = {
-    64: {"left in the slot of a granule", *(f"combine at level {level}" for level in (0, 1, 2))},
-    8: {"left in the slot of a granule", "fold at level 0", *(f"combine at level {level}" for level in (1, 2))},
-    2: {
-        "left in the slot of a level",
-        "left in the slot of a granule",
-        *(f"fold at level {level}" for level in (0, 1)),
-        "combine at level 2",
-    },
-    1: {
-        "left in the slot of a level",
-        *(f"fold at level {level}" for level in (0, 1, 2)),
-        "several segments, result by the worker",
-    },
-}
 ALL_CASES = [*CASES, *INVARIANT_CASES]
+
+
+def _invariant_ways(kernel: str, num_granules: int) -> set[str]:
+    """To a result: see fold_by_workers."""
+    ways = {"one segment", "result by the worker", *(f"fold at level {level}" for level in range(schedule.FOLD_LEVELS))}
+    for level in range(schedule.levels_in_granule(num_granules), schedule.FOLD_LEVELS):
+        ways |= {f"{what} at level {level} left to the combine" for what in ("begin", "member")}
+        ways.add(f"combine at level {level}")
+        if level > 0:
+            ways.add(f"several members of level {level} at once")
+    has_registers = kernel == "swapped, 16 rows"
+    if has_registers:
+        ways.add("fold with the registers")
+    if num_granules == 1 or (num_granules == 4 and not has_registers):
+        ways.add("fold with the slot of a level")
+    if num_granules > 1:
+        ways.add("fold with the slot of a granule")
+    # The combine is the same for all: in the others it takes very long tiles.
+    if has_registers and num_granules == 128:
+        ways.add("more values than loads at once")
+    return ways
+
+
 INVARIANT_ROUTES = {
     f"{kernel}, at most {num_granules} granules: {way}"
-    for kernel in ("dense", "swapped")
-    for num_granules, ways in _INVARIANT_WAYS.items()
-    for way in (*ways, "one segment")
+    for kernel in ("dense", "swapped, 16 rows", "swapped, 32 rows")
+    for num_granules in schedule.NUM_GRANULES
+    for way in _invariant_ways(kernel, num_granules)
 }
+
+
+def plan_rows(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> list[list[int]]:
+    """Of the workers that have work."""
+    num_workers = min(case.num_workers or grid.num_workers, grid.num_workers)
+    seqlens = torch.tensor(case.all_lengths(capacity, planned=True), dtype=torch.int32)
+    return schedule.divide_work(seqlens, grid._replace(num_workers=num_workers), num_workers)[0].tolist()
 
 
 def invariant_routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
     grid = case.grid(capacity)
-    rows = case.plan("cpu", capacity)[0].tolist()
-    segments = list(walk(rows, case.all_lengths(capacity), grid))
-    _, ways = fold_by_workers(segments, lambda segment: "", grid, lambda folded, following: "")
-    kernel = "swapped" if grid.is_swapped else "dense"
+    rows, lengths = plan_rows(case, grid, capacity), case.all_lengths(capacity)
+    _, ways = fold_by_workers(rows, lengths, grid, lambda segment: "", lambda folded, following: "")
+    kernel = f"swapped, {grid.rows_per_tile} rows" if grid.is_swapped else "dense"
     return {f"{kernel}, at most {grid.num_granules} granules: {way}" for way in ways}
 
 
@@ -343,9 +366,12 @@ def is_followed_by_racecheck(case: SanitizedCase, capacity: ClusterCapacity) -> 
     """Whether racecheck comes to an end: it never did where the producer of the swapped kernel has to wait for room."""
     if not case.is_batch_invariant:
         return "swapped: more blocks than stages" not in routes_of(case, capacity)
-    grid = case.grid(capacity)
-    num_blocks = sum(-(-length // PAGE_SIZE) for length in case.lengths)
-    return not grid.is_swapped or num_blocks <= NUM_STAGES["swapped"] * grid.split_ctas
+    grid, lengths = case.grid(capacity), case.all_lengths(capacity)
+    num_blocks: Counter[int] = Counter()  # of each CTA
+    for segment in walk(plan_rows(case, grid, capacity), lengths, grid):
+        own = schedule.segment_range(segment.index, segment.num_segments, num_blocks_of(lengths[segment.batch]))
+        num_blocks[segment.worker] += len(own)
+    return not grid.is_swapped or max(num_blocks.values()) <= NUM_STAGES["swapped"]
 
 
 def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
@@ -397,11 +423,8 @@ def way_to_combine(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapac
 
 def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> set[str]:
     routes = set()
-    num_workers = min(case.num_workers or grid.num_workers, grid.num_workers)
-    seqlens = torch.tensor(case.all_lengths(capacity, planned=True), dtype=torch.int32)
-    rows = schedule.divide_work(seqlens, grid._replace(num_workers=num_workers), num_workers)[0].tolist()
-    lengths = case.all_lengths(capacity)
-    if num_workers < grid.num_workers or any(row[6] == 0 for row in rows):
+    rows, lengths = plan_rows(case, grid, capacity), case.all_lengths(capacity)
+    if len(rows) < grid.num_workers or any(row[6] == 0 for row in rows):
         routes.add("worker without work")
     for worker, (batch, tile, begin_block, _, _, end_block, num_pieces, last_worker) in enumerate(rows):
         num_with_keys = num_blocks_of_cta = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Set as AbstractSet
+from typing import Generic, NamedTuple, TypeVar
 
 from flash_mla.schedule import (
     FOLD_LEVELS,
@@ -20,7 +21,11 @@ from flash_mla.schedule import (
     segment_at,
 )
 
+# Values of an innermost chain, in granule_combine.cu.
+LOADS_AT_ONCE = 4
+
 Value = TypeVar("Value")
+Tile = tuple[int, int]  # request, and tile of it
 
 
 class Segment(NamedTuple):
@@ -30,6 +35,8 @@ class Segment(NamedTuple):
     batch: int
     tile: int
     index: int
+    begin: int  # of those that the worker has of the tile
+    end: int
     num_segments: int  # of the tile
 
 
@@ -37,18 +44,25 @@ def num_blocks_of(length: int) -> int:
     return -(-max(length, 0) // PAGE_SIZE)
 
 
+def num_segments_of_tile(length: int, grid: WorkerGrid) -> int:
+    return num_segments_of(num_blocks_of(length), min_segment_blocks(grid.rows_per_tile))
+
+
 def walk(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> Iterator[Segment]:
     """All segments in the order of each worker, as primitives/segment_cursor.h goes through a plan."""
-    for worker, (batch, tile, begin, _, _, end, num_pieces, _) in enumerate(rows):
+    for worker, (batch, tile, begin, _, _, end, num_pieces, _) in enumerate(rows[: grid.num_workers]):
         for index in range(num_pieces):
             if batch >= len(lengths):
                 break
-            num_blocks = num_blocks_of(lengths[batch])
-            num_segments = num_segments_of(num_blocks, min_segment_blocks(grid.rows_per_tile))
-            first = segment_at(min(begin, MAX_SEGMENTS) if index == 0 else 0, num_segments, grid.num_granules)
-            place = min(end, MAX_SEGMENTS) if index == num_pieces - 1 else MAX_SEGMENTS
-            for segment in range(first, segment_at(place, num_segments, grid.num_granules)):
-                yield Segment(worker, batch, tile, segment, num_segments)
+            num_segments = num_segments_of_tile(lengths[batch], grid)
+            first_place = min(begin, MAX_SEGMENTS) if index == 0 else 0
+            end_place = min(end, MAX_SEGMENTS) if index == num_pieces - 1 else MAX_SEGMENTS
+            own = range(
+                segment_at(first_place, num_segments, grid.num_granules),
+                segment_at(end_place, num_segments, grid.num_granules),
+            )
+            for segment in own:
+                yield Segment(worker, batch, tile, segment, own.start, own.stop, num_segments)
             tile += 1
             if tile == grid.tiles_per_request:
                 batch, tile = batch + 1, 0
@@ -68,61 +82,271 @@ def tree_of(values: Sequence[Value], fold: Callable[[Value, Value], Value]) -> V
     return root
 
 
-def fold_by_workers(
-    segments: Sequence[Segment],
-    value_of: Callable[[Segment], Value],
+class Folded(NamedTuple, Generic[Value]):
+    """The value of some segments of a tile, one behind the other."""
+
+    tile: Tile
+    first: int
+    end: int
+    value: Value
+
+    @property
+    def name(self) -> tuple[Tile, int, int]:
+        return self.tile, self.first, self.end
+
+
+class Places(Generic[Value]):
+    """Where values wait, each until it is taken, which is once. A place belongs to the worker that uses it first."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[tuple, Folded[Value]] = {}
+        self.owners: dict[tuple, int] = {}
+
+    def put(self, place: tuple, value: Folded[Value], worker: int) -> None:
+        assert place not in self.waiting, f"{self.waiting[place].name} is overwritten by {value.name}"
+        assert self.owners.setdefault(place, worker) == worker, f"{place} has several workers"
+        self.waiting[place] = value
+
+    def take(self, place: tuple, name: tuple[Tile, int, int], worker: int | None = None) -> Folded[Value]:
+        """worker: None for the combine, which runs behind all of them."""
+        assert place in self.waiting, f"{name} is not there"
+        assert worker is None or self.owners[place] == worker
+        assert self.waiting[place].name == name
+        return self.waiting.pop(place)
+
+
+def member_sizes(num_segments: int) -> list[int]:
+    """Segments in a member of each level's chains, and in the tile."""
+    sizes = [1]
+    for radix in radices_of(num_segments):
+        sizes.append(sizes[-1] * radix)
+    return sizes
+
+
+def waits_in_registers(grid: WorkerGrid, level: int, num_segments: int) -> bool:
+    """As swapped_decode/fold_segments.h: the first level whose chains have several members."""
+    return grid.rows_per_tile <= 16 and member_sizes(num_segments)[level] == 1
+
+
+def slot_of(grid: WorkerGrid, segment: Segment, level: int, first: int) -> tuple:
+    """As SegmentFold::slot: of what has been folded at a level from a segment on."""
+    if grid.num_granules == 1 or level + 1 < levels_in_granule(grid.num_granules):
+        assert level < levels_with_slots(grid.num_granules)
+        return "slot of a level", segment.worker, level
+    return granule_slot(grid, (segment.batch, segment.tile), first, segment.num_segments)
+
+
+def granule_slot(grid: WorkerGrid, tile: Tile, first: int, num_segments: int) -> tuple:
+    assert grid.num_granules > 1
+    return "slot of a granule", tile, first // (num_segments // min(num_segments, grid.num_granules))
+
+
+class Workers(Generic[Value]):
+    """All workers of a decode. ways: what happened, in words."""
+
+    def __init__(self, grid: WorkerGrid, fold: Callable[[Folded[Value], Folded[Value]], Folded[Value]]):
+        self.grid, self.fold = grid, fold
+        self.slots: Places[Value] = Places()
+        self.registers: Places[Value] = Places()
+        self.results: dict[Tile, Value] = {}
+        self.ways: set[str] = set()
+
+    def add(self, segment: Segment, value: Folded[Value]) -> None:
+        """The next segment of its worker."""
+        grid, worker, tile = self.grid, segment.worker, (segment.batch, segment.tile)
+        sizes = member_sizes(segment.num_segments)
+        path = fold_path(segment.index, segment.begin, segment.num_segments)
+        is_last = segment.index + 1 == segment.end
+
+        def chain(level: int) -> int:
+            return segment.index // sizes[level + 1] * sizes[level + 1]
+
+        for level in path.folds:
+            in_registers = waits_in_registers(grid, level, segment.num_segments)
+            places = self.registers if in_registers else self.slots
+            place = ("registers", worker) if in_registers else slot_of(grid, segment, level, chain(level))
+            waiting = places.take(place, (tile, chain(level), value.first), worker)
+            value = self.fold(waiting, value)
+            self.ways |= {f"fold at level {level}", f"fold with the {place[0]}"}
+        if path.end_level == FOLD_LEVELS:
+            assert (value.first, value.end) == (segment.begin, segment.end) == (0, segment.num_segments)
+            assert tile not in self.results
+            self.results[tile] = value.value
+            self.ways.add("one segment" if segment.num_segments == 1 else "result by the worker")
+            return
+
+        level = path.end_level
+        assert (value.first, value.end) == (path.first, segment.index + 1)
+        is_begin = path.first == chain(level)
+        if waits_in_registers(grid, level, segment.num_segments) and is_begin and not is_last:
+            self.registers.put(("registers", worker), value, worker)
+        else:
+            self.slots.put(slot_of(grid, segment, level, path.first), value, worker)
+        if is_last or not is_begin:
+            self.ways.add(f"{'begin' if is_begin else 'member'} at level {level} left to the combine")
+        for above in range(level + 1, FOLD_LEVELS):
+            if is_last and segment.begin <= chain(above) < segment.index // sizes[above] * sizes[above]:
+                self.ways.add(f"begin at level {above} left to the combine")
+        # What its registers hold is lost.
+        assert not is_last or ("registers", worker) not in self.registers.waiting
+
+
+def cut_tiles(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> dict[Tile, set[int]]:
+    """The segments at which workers begin within tiles, as list_cut_tiles of granule_combine.cu finds them."""
+    begins = []
+    for batch, tile, place, *_ in rows[: grid.num_workers]:
+        if place <= 0 or batch >= len(lengths) or tile >= grid.tiles_per_request:
+            begins.append(((0, 0), 0))
+            continue
+        num_segments = num_segments_of_tile(lengths[batch], grid)
+        segment = segment_at(min(place, MAX_SEGMENTS), num_segments, grid.num_granules)
+        begins.append(((batch, tile), segment if segment < num_segments else 0))
+
+    def is_of_same(worker: int, other: int) -> bool:
+        return begins[worker][1] > 0 and begins[other][1] > 0 and begins[worker][0] == begins[other][0]
+
+    tiles: dict[Tile, set[int]] = {}
+    for worker, (tile, segment) in enumerate(begins):
+        if segment == 0 or (worker > 0 and is_of_same(worker, worker - 1)):
+            continue
+        assert tile not in tiles
+        tiles[tile] = set()
+        for other in range(worker, len(begins)):
+            if not is_of_same(worker, other):
+                break
+            tiles[tile].add(begins[other][1])
+    return tiles
+
+
+class Run(NamedTuple):
+    """A value in scratch, as in granule_combine.cu: members of a chain of some level, folded."""
+
+    level: int
+    first_member: int
+    last_member: int
+    first_segment: int
+    num_values: int  # of which it is to be folded; 0: it is part of another
+    second_value_segment: int
+
+    def segment_of(self, value: int) -> int:
+        return self.first_segment if value == 0 else self.second_value_segment + value - 1
+
+
+def any_in(cuts: AbstractSet[int], first: int, last: int) -> bool:
+    return any(first < cut <= last for cut in cuts)
+
+
+def run_of(chain: int, num_segments: int, cuts: AbstractSet[int]) -> Run:
+    """What comes of the innermost chain with this number, and of those that one worker has folded with it."""
+    size, radix, _ = radices_of(num_segments)
+    begin, outer = chain * size, chain // radix
+    member = chain - outer * radix
+    if any_in(cuts, begin, begin + size - 1):
+        second = begin + 1
+        while not any_in(cuts, begin, second):
+            second += 1
+        return Run(1, member, member, begin, 1 + begin + size - second, second)
+    if member > 0:
+        return Run(1, member, member, begin, int(any_in(cuts, outer * radix * size, begin)), 0)
+    members = 1
+    while members < radix and not any_in(cuts, begin, begin + (members + 1) * size - 1):
+        members += 1
+    if members < radix:
+        return Run(1, 0, members - 1, begin, 1, 0)
+    if outer > 0:
+        return Run(2, outer, outer, begin, int(any_in(cuts, 0, begin)), 0)
+    last = 0
+    while not any_in(cuts, 0, (last + 2) * radix * size - 1):
+        last += 1
+    return Run(2, 0, last, begin, 1, 0)
+
+
+def combine(
+    tile: Tile,
+    num_segments: int,
+    cuts: AbstractSet[int],
     grid: WorkerGrid,
+    slots: Places[Value],
+    fold: Callable[[Folded[Value], Folded[Value]], Folded[Value]],
+) -> tuple[Folded[Value], set[str]]:
+    """The result of a tile that is cut, as granule_combine_kernel makes it, and the ways that were taken."""
+    size, radix, _ = radices_of(num_segments)
+    ways = set()
+    runs = [run_of(chain, num_segments, cuts) for chain in range(num_segments // size)]
+    values: list[Folded[Value] | None] = []
+    for run in runs:
+        member_size = size if run.level == 1 else size * radix
+        outer_begin = run.first_segment - run.first_member * member_size
+        ends = [outer_begin + (run.last_member + 1) * member_size]
+        if run.num_values > 1:
+            ends = [run.second_value_segment + i for i in range(run.num_values)]
+            ways.add("combine at level 0")
+            if run.num_values > LOADS_AT_ONCE:
+                ways.add("more values than loads at once")
+        loaded = [
+            slots.take(
+                granule_slot(grid, tile, run.segment_of(i), num_segments),
+                (tile, run.segment_of(i), ends[i]),
+            )
+            for i in range(run.num_values)
+        ]
+        values.append(functools.reduce(fold, loaded) if loaded else None)
+
+    chain_begin = tile_begin = None
+    for chain, (run, value) in enumerate(zip(runs, values, strict=True)):
+        if value is None:
+            continue
+        if run.last_member > run.first_member:
+            ways.add(f"several members of level {run.level} at once")
+        is_first = run.first_member == 0
+        if run.level == 1:
+            if is_first:
+                chain_begin = value
+            else:
+                assert chain_begin is not None
+                chain_begin = fold(chain_begin, value)
+                ways.add("combine at level 1")
+            if run.last_member < radix - 1:
+                continue
+            is_first, value = chain < radix, chain_begin
+        if is_first:
+            tile_begin = value
+        else:
+            assert tile_begin is not None
+            tile_begin = fold(tile_begin, value)
+            ways.add("combine at level 2")
+    assert tile_begin is not None and tile_begin.name == (tile, 0, num_segments)
+    return tile_begin, ways
+
+
+def fold_by_workers(
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    grid: WorkerGrid,
+    value_of: Callable[[Segment], Value],
     fold: Callable[[Value, Value], Value],
-) -> tuple[dict[tuple[int, int], Value], set[str]]:
-    """The results of all tiles of a plan, through the slots of workers and granules and the combine.
+) -> tuple[dict[Tile, Value], set[str]]:
+    """The results of all tiles of a plan, through the registers and slots of workers and the combine.
 
     Returns:
         Results by request and tile, and the ways that were taken.
     """
-    num_levels, num_granules = levels_in_granule(grid.num_granules), grid.num_granules
-    last_level = num_levels - (num_granules > 1)  # that one's values wait in the slot of the granule
-    level_slots: dict[tuple[int, int], Value] = {}
-    granule_slots: dict[tuple[int, int, int], Value] = {}
-    results: dict[tuple[int, int], Value] = {}
-    ways = set()
-    for segment in segments:
-        granules = min(segment.num_segments, num_granules)
-        granule = segment.index // (segment.num_segments // granules)
-        folds, end_level = fold_path(segment.index, segment.num_segments, num_levels)
 
-        def slot_of(level: int, segment: Segment = segment, granule: int = granule) -> tuple[dict, tuple[int, ...]]:
-            if level >= last_level:
-                assert num_granules > 1
-                return granule_slots, (segment.batch, segment.tile, granule)
-            assert level < levels_with_slots(num_granules)
-            return level_slots, (segment.worker, level)
+    def fold_neighbours(folded: Folded[Value], following: Folded[Value]) -> Folded[Value]:
+        assert folded.tile == following.tile and folded.end == following.first
+        return Folded(folded.tile, folded.first, following.end, fold(folded.value, following.value))
 
-        value = value_of(segment)
-        for level in folds:
-            slots, key = slot_of(level)
-            value = fold(slots[key], value)
-            ways.add(f"fold at level {level}")
-        if segment.num_segments == 1:
-            results[segment.batch, segment.tile] = value
-            ways.add("one segment")
-        elif num_granules == 1 and end_level == num_levels:
-            results[segment.batch, segment.tile] = value
-            ways.add("several segments, result by the worker")
-        else:
-            slots, key = slot_of(end_level)
-            slots[key] = value
-            ways.add(f"left in the slot of a {'granule' if slots is granule_slots else 'level'}")
-    # The combine.
-    tiles = {(segment.batch, segment.tile): segment.num_segments for segment in segments}
-    for (batch, tile), num_segments in tiles.items():
-        granules = min(num_segments, num_granules)
-        if num_granules == 1 or num_segments == 1:
-            continue
-        nodes = [granule_slots[batch, tile, granule] for granule in range(granules)]
-        for level in range(num_levels, FOLD_LEVELS):
-            radix = radices_of(num_segments)[level]
-            nodes = fold_chains(nodes, radix, fold)
-            if radix > 1:
-                ways.add(f"combine at level {level}")
-        (results[batch, tile],) = nodes
+    workers = Workers(grid, fold_neighbours)
+    for segment in walk(rows, lengths, grid):
+        tile = segment.batch, segment.tile
+        workers.add(segment, Folded(tile, segment.index, segment.index + 1, value_of(segment)))
+    results, ways = workers.results, workers.ways
+    # Where tiles are granules there is no combine.
+    for tile, cuts in (cut_tiles(rows, lengths, grid) if grid.num_granules > 1 else {}).items():
+        assert tile not in results
+        num_segments = num_segments_of_tile(lengths[tile[0]], grid)
+        folded, ways_of_tile = combine(tile, num_segments, cuts, grid, workers.slots, fold_neighbours)
+        results[tile] = folded.value
+        ways |= ways_of_tile
+    assert not workers.slots.waiting and not workers.registers.waiting
     return results, ways

@@ -21,6 +21,7 @@ from gpu_cases import (
     random_pool,
     reference,
 )
+from plans import plan_for_few_workers
 from torch import Tensor
 
 import flash_mla
@@ -29,6 +30,7 @@ from flash_mla.schedule import (
     DENSE_MIN_SEGMENT,
     MAX_SCRATCH_BYTES,
     SWAPPED_MIN_SEGMENT,
+    SWAPPED_MIN_SEGMENT_OF_32_ROWS,
     capacity_of,
     invariant_grid,
     min_segment_blocks,
@@ -43,7 +45,8 @@ HEADS = pytest.mark.parametrize("num_heads_q", [16, 128])
 SEQLENS_Q = pytest.mark.parametrize("seqlen_q", [1, 2])
 
 # Of the requests that are compared: no tokens, one segment, and as many as there are; lengths that fill pages and not.
-WATCHED = (0, 1, 64, 700, 4096, 9001, 32_768, 65_600, 131_072, 200_000)
+WATCHED = (0, 1, 64, 700, 4096, 17_001, 32_768, 65_600, 131_072, 200_000)
+MIN_BLOCKS = {16: SWAPPED_MIN_SEGMENT, 32: SWAPPED_MIN_SEGMENT_OF_32_ROWS, 128: DENSE_MIN_SEGMENT}
 # How many others there are beside one of them, and how long at most.
 BATCHES = ((1, 0), (2, 300), (3, 131_072), (4, 9000), (8, 20_000), (30, 3000), (32, 4096), (100, 2000), (256, 700))
 
@@ -134,11 +137,11 @@ def batches_with(request: int, size: int, longest: int, pool: Pool) -> list[tupl
 
 def test_lengths_split_and_granules_of_all_sizes_occur():
     capacity = capacity_of(torch.device("cuda"))
-    for num_rows, min_blocks in ((16, SWAPPED_MIN_SEGMENT), (128, DENSE_MIN_SEGMENT)):
+    for num_rows, min_blocks in MIN_BLOCKS.items():
         grids = [invariant_grid(size, num_rows, 1, capacity) for size, _ in BATCHES]
-        assert {grid.num_granules for grid in grids} >= ({64, 8} if num_rows == 16 else {64, 8, 2, 1})
+        assert {grid.num_granules for grid in grids} >= ({128, 16, 4} if num_rows == 16 else {128, 16, 4, 1})
         assert min_segment_blocks(grids[0].rows_per_tile) == min_blocks
-        assert {num_segments_of(-(-length // PAGE_SIZE), min_blocks) for length in WATCHED} >= {1, 8, 64}
+        assert {num_segments_of(-(-length // PAGE_SIZE), min_blocks) for length in WATCHED} >= {1, 64, 128}
 
 
 @DTYPES
@@ -246,6 +249,32 @@ def test_plan_for_other_lengths_gives_the_same_bits(num_heads_q):
         )
         for actual_part, expected_part in zip(actual, expected, strict=True):
             assert torch.equal(actual_part, expected_part), planned
+
+
+@HEADS
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+@pytest.mark.parametrize("batch", [[9], [8, 3], [5, 0, 9, 4, 1], [7, *[2] * 40], [6, 4, *[3] * 130]], ids=len)
+def test_bits_do_not_depend_on_who_has_which_part(num_heads_q, seqlen_q, batch):
+    """Tiles that one worker has, and tiles that are cut in few places and in many."""
+    pool = pool_of(seqlen_q, num_heads_q, BF16)
+    q, pages, block_table, cache_seqlens = pool.batch(batch)
+    expected = decode(q, pages, block_table, cache_seqlens, True)
+    for num_workers in (1, 2, 3, 5, 7, 12, 29, 64, 131):
+        lengths = [pool.lengths[request] for request in batch]
+        plan = plan_for_few_workers(lengths, seqlen_q * num_heads_q, 1, num_workers, "cuda", batch_invariant=True)
+        actual = flash_mla_with_kvcache(
+            q,
+            pages,
+            block_table,
+            cache_seqlens,
+            HEAD_DIM_V,
+            *plan,
+            DEFAULT_SCALE,
+            causal=True,
+            enable_batch_invariant=True,
+        )
+        for actual_part, expected_part in zip(actual, expected, strict=True):
+            assert torch.equal(actual_part, expected_part), num_workers
 
 
 @HEADS

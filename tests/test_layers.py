@@ -158,9 +158,12 @@ def test_constants_are_the_same_on_host_and_device():
         "kFoldLevels": schedule.FOLD_LEVELS,
         "kDenseMinSegment": schedule.DENSE_MIN_SEGMENT,
         "kSwappedMinSegment": schedule.SWAPPED_MIN_SEGMENT,
-        "kInvariantSplitCtas": schedule.INVARIANT_SPLIT_CTAS,
+        "kSwappedMinSegmentOf32Rows": schedule.SWAPPED_MIN_SEGMENT_OF_32_ROWS,
         "kMaxScratchBytes": schedule.MAX_SCRATCH_BYTES,
         "kFoldStepFloats": 4,
+        "kVectorNumbers": 128,
+        "kVectorRows": 8,
+        "kVectorColumns": 16,
         "kHeadDim": checks.HEAD_DIM,
         "kHeadDimV": checks.HEAD_DIM_V,
     }

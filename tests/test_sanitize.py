@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sanitized_cases
+import segments
 import torch
 from plans import CAPACITIES
 from sanitized_cases import (
@@ -43,8 +44,17 @@ def test_invariant_cases_take_every_way(capacity):
     for case in INVARIANT_CASES:
         taken |= invariant_routes_of(case, capacity)
     assert taken == INVARIANT_ROUTES
-    followed = {sanitized_cases.is_followed_by_racecheck(case, capacity) for case in INVARIANT_CASES}
-    assert followed == {False, True}
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
+def test_racecheck_follows_the_dense_kernel_and_the_combine_of_either(capacity):
+    followed = [case for case in INVARIANT_CASES if sanitized_cases.is_followed_by_racecheck(case, capacity)]
+    assert {case.name for case in INVARIANT_CASES if not case.grid(capacity).is_swapped} <= {
+        case.name for case in followed
+    }
+    taken = {way for case in followed for way in invariant_routes_of(case, capacity)}
+    combines = {f"swapped, 16 rows, at most 128 granules: combine at level {level}" for level in range(3)}
+    assert combines <= taken and not any("swapped" in way and "fold at" in way for way in taken)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
@@ -66,6 +76,7 @@ def test_racecheck_follows_clusters_of_all_sizes(capacity):
         ("kNumStages", "sm90/swapped_decode/traits.h", sanitized_cases.NUM_STAGES["swapped"]),
         ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
         ("kCtasPerSm", "split_kv_combine/split_kv_combine.cu", sanitized_cases.COMBINE_CTAS_PER_SM),
+        ("kLoadsAtOnce", "split_kv_combine/granule_combine.cu", segments.LOADS_AT_ONCE),
     ],
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):

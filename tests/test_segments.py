@@ -1,8 +1,9 @@
-"""Batch-invariant plans: a tree of segments that follows from the length alone, and workers that get whole nodes."""
+"""Batch-invariant plans: a tree of segments that follows from the length alone, folded alike whoever has which part."""
 
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -13,17 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CAPACITIES, UNUSUAL_CLUSTERS
-from segments import fold_by_workers, num_blocks_of, tree_of, walk
+from segments import any_in, fold_by_workers, member_sizes, num_blocks_of, num_segments_of_tile, run_of, tree_of, walk
 
 from flash_mla import schedule
 from flash_mla.schedule import (
     CPU_CAPACITY,
     DENSE_MIN_SEGMENT,
+    FOLD_LEVELS,
     MAX_SCRATCH_BYTES,
     MAX_SEGMENTS,
     NUM_GRANULES,
+    PAGE_SIZE,
     SWAPPED_MIN_SEGMENT,
+    SWAPPED_MIN_SEGMENT_OF_32_ROWS,
     ClusterCapacity,
+    WorkerGrid,
     capacity_of,
     decode_schedule,
     divide_work,
@@ -40,8 +45,9 @@ from flash_mla.schedule import (
 )
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
+NUM_SEGMENTS = [2**i for i in range(8)]
 NUM_BLOCKS = [*range(140), 255, 256, 511, 512, 513, 1000, 1023, 1024, 1025, 3125, 20_000, 2**25 - 1, 2**25]
-MIN_BLOCKS = (1, 2, SWAPPED_MIN_SEGMENT, DENSE_MIN_SEGMENT, 64)
+MIN_BLOCKS = (1, SWAPPED_MIN_SEGMENT, SWAPPED_MIN_SEGMENT_OF_32_ROWS, DENSE_MIN_SEGMENT, 64)
 KNOWN_CAPACITIES = [*CAPACITIES.values(), *map(ClusterCapacity, UNUSUAL_CLUSTERS)]
 COUNTS = [(1, 1), (16, 1), (32, 3), (33, 1), (64, 2), (128, 1), (192, 1), (256, 1), (1000, 2)]
 LENGTHS = st.one_of(
@@ -64,7 +70,7 @@ def in_order(left: str, right: str) -> str:
 def test_segments_cover_the_blocks_in_order(min_blocks):
     for num_blocks in NUM_BLOCKS:
         segments = num_segments_of(num_blocks, min_blocks)
-        assert segments in (1, 2, 4, 8, 16, 32, 64)
+        assert segments in NUM_SEGMENTS
         assert segments == 1 or num_blocks / segments >= min_blocks
         assert segments == MAX_SEGMENTS or num_blocks / (2 * segments) < min_blocks
         ranges = [segment_range(i, segments, num_blocks) for i in range(segments)]
@@ -73,7 +79,7 @@ def test_segments_cover_the_blocks_in_order(min_blocks):
         assert all(ranges) or num_blocks == 0
 
 
-@pytest.mark.parametrize("num_segments", [2**i for i in range(7)])
+@pytest.mark.parametrize("num_segments", NUM_SEGMENTS)
 def test_tree_has_every_segment_once_and_in_order(num_segments):
     inner, middle, top = radices_of(num_segments)
     assert inner * middle * top == num_segments
@@ -81,28 +87,48 @@ def test_tree_has_every_segment_once_and_in_order(num_segments):
     assert leaves == [str(i) for i in range(num_segments)]
 
 
-def test_tree_of_sixteen():
-    tree = tree_of([f"{i}" for i in range(16)], in_order)
-    assert tree == "(((((0 1) (2 3)) (4 5)) (6 7)) ((((8 9) (10 11)) (12 13)) (14 15)))"
+def test_tree_of_thirty_two():
+    """As csrc/params/segments.h shows it."""
+    eights = [f"(((({i} {i + 1}) ({i + 2} {i + 3})) ({i + 4} {i + 5})) ({i + 6} {i + 7}))" for i in range(0, 32, 8)]
+    tree = tree_of([f"{i}" for i in range(32)], in_order)
+    assert tree == f"((({eights[0]} {eights[1]}) {eights[2]}) {eights[3]})"
 
 
 @pytest.mark.parametrize("num_granules", NUM_GRANULES)
-@pytest.mark.parametrize("num_segments", [2**i for i in range(7)])
+@pytest.mark.parametrize("num_segments", NUM_SEGMENTS)
 def test_granules_are_nodes_of_the_tree(num_segments, num_granules):
-    """The first segment of a granule is folded with nothing, the last one makes it whole, no other does."""
+    """Of a granule that its worker begins with, the last segment makes it whole, no other does."""
     num_levels, granules = levels_in_granule(num_granules), min(num_segments, num_granules)
     size = num_segments // granules
     for segment in range(num_segments):
-        folds, end_level = fold_path(segment, num_segments, num_levels)
-        assert (end_level == num_levels) == (segment % size == size - 1)
-        assert segment % size > 0 or folds == []
+        begin = segment // size * size
+        path = fold_path(segment, begin, num_segments)
+        is_whole = segment % size == size - 1
+        assert (path.end_level >= num_levels) == is_whole
+        assert path.first == begin if is_whole else path.first >= begin
+        assert all(level < num_levels for level in path.folds)
+        assert segment % size > 0 or path.folds == []
     starts = {segment_at(place, num_segments, num_granules) for place in range(MAX_SEGMENTS)}
     assert starts == set(range(0, num_segments, size))
     assert segment_at(MAX_SEGMENTS, num_segments, num_granules) == num_segments
 
 
+@pytest.mark.parametrize("num_segments", NUM_SEGMENTS)
+def test_paths_fold_what_the_worker_has(num_segments):
+    """The whole tile in the end, nothing of other workers, and only where a chain has begun."""
+    sizes = member_sizes(num_segments)
+    for begin, segment in itertools.combinations_with_replacement(range(num_segments), 2):
+        path = fold_path(segment, begin, num_segments)
+        assert path.end_level < FOLD_LEVELS or (begin, segment) == (0, num_segments - 1)
+        assert begin <= path.first <= segment
+        for level in path.folds:
+            assert begin <= segment // sizes[level + 1] * sizes[level + 1] < segment
+    assert fold_path(num_segments - 1, 0, num_segments).end_level == FOLD_LEVELS
+
+
 PROGRAM = """
 #include <cstdio>
+#include <initializer_list>
 #include "params/segments.h"
 using namespace flash_mla;
 int main() {
@@ -111,13 +137,9 @@ int main() {
         std::printf("%d", 1 << bits);
         for (int i = 0; i <= 1 << bits; ++i) std::printf(" %d", segment_begin(i, bits, num_blocks));
         for (int level = 0; level < kFoldLevels; ++level) std::printf(" %d", 1 << level_bits(level, bits));
-        for (int const granules : {64, 8, 2, 1}) {
+        for (int const granules : {128, 16, 4, 1}) {
             std::printf(" %d %d", levels_in_granule(granules), levels_with_slots(granules));
-            for (int i = 0; i < 1 << bits; ++i) {
-                FoldPath const path = fold_path(i, bits, levels_in_granule(granules));
-                std::printf(" %d %d", path.folds, path.end_level);
-            }
-            for (int place = 0; place <= 64; ++place) std::printf(" %d", segment_at(place, bits, granules));
+            for (int place = 0; place <= kMaxSegments; ++place) std::printf(" %d", segment_at(place, bits, granules));
         }
         std::printf("\\n");
     }
@@ -132,23 +154,120 @@ def numbers_of(num_blocks: int, min_blocks: int) -> list[int]:
     numbers = [segments, *begins, num_blocks, *radices_of(segments)]
     for granules in NUM_GRANULES:
         numbers += [levels_in_granule(granules), schedule.levels_with_slots(granules)]
-        for segment in range(segments):
-            folds, end_level = fold_path(segment, segments, levels_in_granule(granules))
-            numbers += [sum(1 << level for level in folds), end_level]
         numbers += [segment_at(place, segments, granules) for place in range(MAX_SEGMENTS + 1)]
     return numbers
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")
+def output_of(source: str, tmp_path: Path, given_input: str = "") -> list[list[int]]:
+    """Of a program for the host, line by line."""
+    path, program = tmp_path / "segments.cpp", tmp_path / "segments"
+    path.write_text(source)
+    subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(path), "-o", str(program)], check=True)
+    process = subprocess.run([str(program)], input=given_input, capture_output=True, text=True, check=True)
+    return [list(map(int, line.split())) for line in process.stdout.splitlines()]
+
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler was found (c++)")
+
+
+@NEEDS_COMPILER
 def test_segments_are_the_same_on_host_and_device(tmp_path):
-    source, program = tmp_path / "segments.cpp", tmp_path / "segments"
-    source.write_text(PROGRAM.replace("#include <cstdio>", "#include <cstdio>\n#include <initializer_list>"))
-    subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
     cases = [(num_blocks, min_blocks) for num_blocks in NUM_BLOCKS for min_blocks in MIN_BLOCKS]
-    given_cases = "\n".join(f"{num_blocks} {min_blocks}" for num_blocks, min_blocks in cases)
-    process = subprocess.run([str(program)], input=given_cases, capture_output=True, text=True, check=True)
-    for case, line in zip(cases, process.stdout.splitlines(), strict=True):
-        assert list(map(int, line.split())) == numbers_of(*case), case
+    lines = output_of(PROGRAM, tmp_path, "\n".join(f"{num_blocks} {min_blocks}" for num_blocks, min_blocks in cases))
+    for case, line in zip(cases, lines, strict=True):
+        assert line == numbers_of(*case), case
+
+
+PATH_PROGRAM = """
+#include <cstdio>
+#include <initializer_list>
+#include "params/segments.h"
+using namespace flash_mla;
+int main() {
+    for (int bits = 0; bits <= kMaxSegmentBits; ++bits) {
+        for (int level = 0; level <= kFoldLevels; ++level) std::printf("%d ", 1 << member_bits(level, bits));
+        std::printf("\\n");
+        for (int begin = 0; begin < 1 << bits; ++begin) {
+            for (int index = begin; index < 1 << bits; ++index) {
+                SegmentOfWorker const given{index, begin, 1 << bits};
+                SegmentOfWorker const segment = SegmentOfWorker::unpacked(given.packed());
+                FoldPath const path = fold_path(segment, bits);
+                std::printf("%d %d %d %d %d %d %d ", segment.index, segment.begin, segment.end, path.folds,
+                            path.end_level, path.first, path.ends_tile() || path.is_begin(bits));
+            }
+        }
+        std::printf("\\n");
+    }
+}
+"""
+
+
+@NEEDS_COMPILER
+def test_paths_are_the_same_on_host_and_device(tmp_path):
+    lines = iter(output_of(PATH_PROGRAM, tmp_path))
+    for num_segments in NUM_SEGMENTS:
+        sizes = member_sizes(num_segments)
+        assert next(lines) == sizes
+        expected = []
+        for begin, segment in itertools.combinations_with_replacement(range(num_segments), 2):
+            path = fold_path(segment, begin, num_segments)
+            is_begin = path.end_level == FOLD_LEVELS or path.first % sizes[path.end_level + 1] == 0
+            folds = sum(1 << level for level in path.folds)
+            expected += [segment, begin, num_segments, folds, path.end_level, path.first, int(is_begin)]
+        assert next(lines) == expected
+
+
+RUN_PROGRAM = """
+#include <algorithm>
+#include <cstdio>
+#include "params/segments.h"
+#define __device__
+using std::max, std::min;
+using namespace flash_mla;
+%s
+int main() {
+    for (int bits, count; std::scanf("%%d %%d", &bits, &count) == 2;) {
+        CutTile tile{0, 0, bits, {}};
+        for (int cut; count > 0 && std::scanf("%%d", &cut) == 1; --count) tile.cuts.word[cut / 32] |= 1u << cut %% 32;
+        int const chains = 1 << (bits - level_bits(0, bits)), segments = 1 << bits;
+        for (int chain = 0; chain < chains; ++chain) {
+            Run const run(chain, tile);
+            std::printf("%%d %%d %%d %%d %%d %%d ", run.level, run.first_member, run.last_member, run.first_segment,
+                        run.num_values, run.second_value_segment);
+        }
+        for (int first = 0; first < segments; first += 3) {
+            for (int last = first; last < segments; last += 5) std::printf("%%d ", tile.cuts.any_in(first, last));
+        }
+        std::printf("\\n");
+    }
+}
+"""
+
+
+@NEEDS_COMPILER
+def test_runs_are_those_of_the_combine(tmp_path):
+    source = (CSRC / "kernels/split_kv_combine/granule_combine.cu").read_text()
+    found = [re.search(rf"^struct {name} \{{\n.*?^\}};\n", source, re.M | re.S) for name in ("Cuts", "CutTile", "Run")]
+    structs = "".join(match[0] for match in found if match)
+    cases = [(num_segments, {cut}) for num_segments in NUM_SEGMENTS for cut in range(1, num_segments)]
+    cases += [(32, set(cuts)) for cuts in itertools.combinations(range(1, 32), 2)]
+    generator = torch.Generator().manual_seed(1)
+    for num_segments, count in itertools.product(NUM_SEGMENTS[1:], (2, 3, 4, 5, 8, 16, 40, 131)):
+        for _ in range(10):
+            cases.append((num_segments, set((torch.randint(1, num_segments, (count,), generator=generator)).tolist())))
+    cases += [(num_segments, set(range(1, num_segments))) for num_segments in NUM_SEGMENTS[1:]]
+    given_cases = "\n".join(
+        " ".join(map(str, (num_segments.bit_length() - 1, len(cuts), *cuts))) for num_segments, cuts in cases
+    )
+    for (num_segments, cuts), line in zip(cases, output_of(RUN_PROGRAM % structs, tmp_path, given_cases), strict=True):
+        chains = range(num_segments // radices_of(num_segments)[0])
+        expected = [number for chain in chains for number in run_of(chain, num_segments, cuts)]
+        expected += [
+            int(any_in(cuts, first, last))
+            for first in range(0, num_segments, 3)
+            for last in range(first, num_segments, 5)
+        ]
+        assert line == expected, (num_segments, cuts)
 
 
 def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, capacity: ClusterCapacity) -> None:
@@ -171,13 +290,10 @@ def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, capacity: C
         workers_of.setdefault((s.batch, s.tile, granule), set()).add(s.worker)
     assert all(len(workers) == 1 for workers in workers_of.values())
     for batch, length in enumerate(lengths):
-        expected = num_segments_of(num_blocks_of(length), min_segment_blocks(grid.rows_per_tile))
+        expected = num_segments_of_tile(length, grid)
         for tile in range(grid.tiles_per_request):
             assert sum((batch, tile, index) in counts for index in range(expected)) == expected
-    assert len(counts) == sum(
-        num_segments_of(num_blocks_of(length), min_segment_blocks(grid.rows_per_tile)) * grid.tiles_per_request
-        for length in lengths
-    )
+    assert len(counts) == sum(num_segments_of_tile(length, grid) for length in lengths) * grid.tiles_per_request
 
 
 @pytest.mark.parametrize("capacity", KNOWN_CAPACITIES[:4], ids=["132", "114", "78", "small-clusters"])
@@ -228,28 +344,85 @@ def test_plan_for_other_lengths_covers_every_segment_once(planned, lengths, num_
     segments = list(walk(plan_rows(planned, num_rows, 1, CPU_CAPACITY), lengths, grid))
     counts = Counter((s.batch, s.index) for s in segments)
     assert set(counts.values()) == {1}
-    numbers = [num_segments_of(num_blocks_of(length), min_segment_blocks(grid.rows_per_tile)) for length in lengths]
-    assert len(counts) == sum(numbers)
+    assert len(counts) == sum(num_segments_of_tile(length, grid) for length in lengths)
+
+
+def check_sums(rows: list[list[int]], lengths: list[int], grid: WorkerGrid) -> set[str]:
+    """All results are the trees. Returns the ways to them."""
+    results, ways = fold_by_workers(rows, lengths, grid, lambda s: str(s.index), in_order)
+    assert results.keys() == set(itertools.product(range(len(lengths)), range(grid.tiles_per_request)))
+    trees = {segments: tree_of([str(i) for i in range(segments)], in_order) for segments in NUM_SEGMENTS}
+    for (batch, _), result in results.items():
+        assert result == trees[num_segments_of_tile(lengths[batch], grid)]
+    return ways
+
+
+def grid_of(batch_size: int, num_rows: int, num_granules: int, num_workers: int) -> WorkerGrid:
+    grid = invariant_grid(batch_size, num_rows, 1, CPU_CAPACITY)
+    return grid._replace(num_granules=num_granules, num_workers=num_workers)
+
+
+NUM_ROWS = st.sampled_from([16, 32, 64, 128, 256])
+GRANULES = st.sampled_from(sorted(NUM_GRANULES))
+
+
+@given(lengths=LENGTHS, num_rows=NUM_ROWS, num_granules=GRANULES, num_workers=st.integers(1, 132))
+@settings(max_examples=150, deadline=None)
+def test_sums_have_one_order_whoever_computes_them(lengths, num_rows, num_granules, num_workers):
+    """Of any number of workers and of granules."""
+    grid = grid_of(len(lengths), num_rows, num_granules, num_workers)
+    check_sums(divide_work(torch.tensor(lengths, dtype=torch.int32), grid, num_workers)[0].tolist(), lengths, grid)
 
 
 @given(
-    lengths=LENGTHS,
-    num_rows=st.sampled_from([16, 64, 128, 256]),
-    num_granules=st.sampled_from(sorted(NUM_GRANULES)),
+    requests=st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 100_000)), min_size=1, max_size=6),
+    num_rows=NUM_ROWS,
+    num_granules=GRANULES,
     num_workers=st.integers(1, 132),
 )
-@settings(max_examples=80, deadline=None)
-def test_sums_have_one_order_whoever_computes_them(lengths, num_rows, num_granules, num_workers):
-    """Of any number of workers and of granules."""
-    grid = invariant_grid(len(lengths), num_rows, 1, CPU_CAPACITY)
-    grid = grid._replace(num_granules=num_granules, num_workers=num_workers)
-    rows = divide_work(torch.tensor(lengths, dtype=torch.int32), grid, num_workers)[0].tolist()
-    segments = list(walk(rows, lengths, grid))
-    results, _ = fold_by_workers(segments, lambda s: str(s.index), grid, in_order)
-    for (batch, _), result in results.items():
-        number = num_segments_of(num_blocks_of(lengths[batch]), min_segment_blocks(grid.rows_per_tile))
-        assert result == tree_of([str(i) for i in range(number)], in_order)
-    assert len(results) == len(lengths) * grid.tiles_per_request
+@settings(max_examples=150, deadline=None)
+def test_sums_have_the_same_order_in_a_plan_for_other_lengths(requests, num_rows, num_granules, num_workers):
+    planned, lengths = map(list, zip(*requests, strict=True))
+    grid = grid_of(len(lengths), num_rows, num_granules, num_workers)
+    check_sums(divide_work(torch.tensor(planned, dtype=torch.int32), grid, num_workers)[0].tolist(), lengths, grid)
+
+
+def rows_between(boundaries: list[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """A plan of one tile per request, cut anywhere: where workers begin but for the first, as request and place."""
+    rows = []
+    for (batch, place), (end_batch, end_place) in itertools.pairwise([(0, 0), *sorted(boundaries), (batch_size, 0)]):
+        last = end_batch if end_place > 0 else end_batch - 1
+        num_pieces = 0 if (batch, place) == (end_batch, end_place) else last - batch + 1
+        end = [last, 0, end_place or MAX_SEGMENTS] if num_pieces > 0 else [batch, 0, place]
+        rows.append([batch, 0, place, *end, num_pieces, len(rows)])
+    return rows
+
+
+@given(
+    lengths=st.lists(st.integers(0, 140_000), min_size=1, max_size=4),
+    num_rows=st.sampled_from([16, 32, 64]),
+    num_granules=GRANULES,
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_sums_have_one_order_wherever_tiles_are_cut(lengths, num_rows, num_granules, data):
+    """Also between others than granules, as in plans for other lengths."""
+    boundary = st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, MAX_SEGMENTS - 1))
+    boundaries = data.draw(st.lists(boundary, max_size=131))
+    grid = grid_of(len(lengths), num_rows, num_granules, len(boundaries) + 1)
+    check_sums(rows_between(boundaries, len(lengths)), lengths, grid)
+
+
+@pytest.mark.parametrize("num_rows", [16, 32, 64])
+def test_sums_have_one_order_with_every_few_cuts(num_rows):
+    """All cuts of 2 to 8 segments, all pairs of 16 and 32."""
+    min_blocks = min_segment_blocks(64 if num_rows > 32 else num_rows)
+    for num_segments in (2, 4, 8, 16, 32):
+        lengths, places = [num_segments * min_blocks * PAGE_SIZE], range(1, num_segments)
+        counts = range(len(places) + 1) if num_segments <= 8 else (1, 2)
+        for cuts in itertools.chain.from_iterable(itertools.combinations(places, count) for count in counts):
+            boundaries = [(0, place * MAX_SEGMENTS // num_segments) for place in cuts]
+            check_sums(rows_between(boundaries, 1), lengths, grid_of(1, num_rows, MAX_SEGMENTS, len(cuts) + 1))
 
 
 def fold_partials(folded: tuple[torch.Tensor, ...], following: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -266,7 +439,7 @@ def fold_partials(folded: tuple[torch.Tensor, ...], following: tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("num_granules", NUM_GRANULES)
-@pytest.mark.parametrize("num_segments", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("num_segments", [1, 2, 8, 32, 128])
 def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granules):
     generator = torch.Generator().manual_seed(num_segments)
     num_blocks = num_segments * DENSE_MIN_SEGMENT
@@ -275,7 +448,7 @@ def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granu
     if num_segments == 1:
         scores[0] = 1.0
     values = torch.randn(num_blocks, 4, generator=generator, dtype=torch.float64)
-    lengths = [num_blocks * 64, 100]
+    lengths = [num_blocks * PAGE_SIZE, 100]
     grid = invariant_grid(2, 64, 1, CPU_CAPACITY)._replace(num_granules=num_granules, num_workers=7)
 
     def value_of(segment):
@@ -287,7 +460,7 @@ def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granu
         return out, torch.logsumexp(own, 0) / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
     rows = divide_work(torch.tensor(lengths, dtype=torch.int32), grid, 7)[0].tolist()
-    results, _ = fold_by_workers(list(walk(rows, lengths, grid)), value_of, grid, fold_partials)
+    results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials)
     out, log2_sum = results[0, 0]
     torch.testing.assert_close(out, scores.softmax(0) @ values)
     torch.testing.assert_close(log2_sum * torch.log(torch.tensor(2.0, dtype=torch.float64)), scores.logsumexp(0))
@@ -318,8 +491,8 @@ def test_one_kernel_for_as_many_rows():
         return {(grid.rows_per_tile, grid.split_ctas, grid.num_lanes) for grid in grids}
 
     assert {num_rows: kinds(num_rows) for num_rows in (16, 32, 33, 128)} == {
-        16: {(16, 2, 1)},
-        32: {(32, 2, 1)},
+        16: {(16, 1, 1)},
+        32: {(32, 1, 1)},
         33: {(64, 1, 1)},
         128: {(64, 1, 2)},
     }

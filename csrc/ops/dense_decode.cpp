@@ -107,7 +107,7 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
 DecodeScratch scratch_of(WorkerGrid const& grid, int64_t batch_size, int num_rows_per_head_kv, int num_heads_kv,
                          int num_sms) {
     if (grid.is_invariant()) return invariant_scratch(grid, batch_size);
-    return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms), 0};
+    return {num_partial_rows(num_rows_per_head_kv, num_heads_kv, num_sms)};
 }
 
 // What at::empty comes to on a GPU, without the two dispatches on the way.
@@ -154,13 +154,12 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.packed_partial = params.out_partial;
     params.scale_partial = params.out_partial + scratch.rows * (kHeadDimV / 2);
     params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
-    params.fold_steps = params.lse_partial + scratch.rows;
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;
     ElementType const type = is_bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
     C10_CUDA_CHECK(launch_decode(params, type, stream));
-    C10_CUDA_CHECK(grid.is_invariant() ? launch_granule_combine(params, type, stream)
+    C10_CUDA_CHECK(grid.is_invariant() ? launch_granule_combine(params, capacity.num_sms(), type, stream)
                                        : launch_split_kv_combine(params, capacity.num_sms(), type, stream));
     return lse;
 }

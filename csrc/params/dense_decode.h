@@ -40,7 +40,6 @@ struct DenseDecodeParams {
     float softmax_scale_log2;  // softmax_scale * log2(e), > 0
     bool causal;
     WorkerGrid grid;
-    float* fold_steps;  // (num_workers, num_lanes, 4, 64, 4), where segments are folded by the dense kernel
 };
 
 }  // namespace flash_mla

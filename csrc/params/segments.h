@@ -3,16 +3,19 @@
 //
 // A tile of n blocks has S segments, a power of two; segment i is the blocks i·n/S to (i + 1)·n/S. Each is a softmax of
 // its own, from its first key on. Their results are folded in three levels: chains of r0 segments, chains of r1 such
-// chains, and one of r2 of those; r2 = min(S, 2), r1 = min(S / r2, 4), r0 = S / (r2 · r1). A chain is folded from its
-// first member to its last, into one slot. So a worker that has several segments in a row needs a slot per level.
+// chains, and one of r2 of those; r2 = min(S, 4), r1 = min(S / r2, 4), r0 = S / (r2 · r1). A chain is folded from its
+// first member to its last, so its begin may be folded before the rest is there.
 //
-//   S = 64    ((s0 + s1 + ... s7) + (s8 + ...) + (s16 + ...) + (s24 + ...)) + ((s32 + ...) + ...)
+//   S = 32    ((s0 + s1) + (s2 + s3) + (s4 + s5) + (s6 + s7)) + ((s8 + s9) + ...) + (... ) + (... + (s30 + s31))
 //
-// Workers are given granules, whole nodes of the tree: at most G in a tile, 64 (segments), 8 (chains of segments),
-// 2 (halves) or 1 (the tile), so that nobody needs a sum that another began. G follows from the shape of the batch. The
-// values of granules, where there are several, are folded by a kernel of their own.
+// A worker folds what it has of a tile as far as that goes: begins of chains, and whole nodes of the tree. Where it has
+// the whole tile the result is its own. What several workers have is folded by a kernel of its own, which finds out
+// from the plan who has folded what (Run).
 //
-// Places in the plan count in 64ths of a tile, whatever S and G are.
+// Scratch for that is a slot per granule: a tile has at most G of them, whole nodes of the tree, 128 (segments), 16, 4
+// or 1 (the tile). A worker's work begins and ends between granules. G follows from the shape of the batch.
+//
+// Places in the plan count in 128ths of a tile, whatever S and G are.
 #pragma once
 
 #include "params/query_rows.h"
@@ -22,18 +25,20 @@ namespace flash_mla {
 // In which order the results of a tile's KV blocks are summed.
 enum class Summation { kByWorkers, kBySegments };
 
-inline constexpr int kMaxSegments = 64;
+inline constexpr int kMaxSegments = 128;
 inline constexpr int kFoldLevels = 3;
-inline constexpr int kDenseMinSegment = 16;    // blocks
-inline constexpr int kSwappedMinSegment = 8;   // blocks, of a whole cluster
-inline constexpr int kInvariantSplitCtas = 2;  // CTAs of a cluster of the swapped kernel
+inline constexpr int kDenseMinSegment = 16;   // blocks
+inline constexpr int kSwappedMinSegment = 4;  // blocks
+inline constexpr int kSwappedMinSegmentOf32Rows = 8;
 inline constexpr int kMaxScratchBytes = 64000000;
 
 // All numbers of segments and granules are powers of two.
-inline constexpr int kMaxSegmentBits = 6;
+inline constexpr int kMaxSegmentBits = 7;
 
 constexpr int min_segment_blocks(int rows_per_tile) {
-    return rows_per_tile < kBlockM ? kSwappedMinSegment : kDenseMinSegment;
+    return rows_per_tile == kBlockM ? kDenseMinSegment
+           : rows_per_tile > 16     ? kSwappedMinSegmentOf32Rows
+                                    : kSwappedMinSegment;
 }
 // log2 of S, the largest with segments of at least min_blocks.
 constexpr int segment_bits_of(int num_blocks, int min_blocks) {
@@ -42,57 +47,78 @@ constexpr int segment_bits_of(int num_blocks, int min_blocks) {
     return bits;
 }
 constexpr int segment_begin(int segment, int segment_bits, int num_blocks) {
-    return int(uint32_t(segment) * uint32_t(num_blocks) >> segment_bits);
+    return int(uint64_t(segment) * uint64_t(num_blocks) >> segment_bits);
 }
 
 // log2 of the radix of a level, the innermost first.
 constexpr int level_bits(int level, int segment_bits) {
-    int const top = segment_bits < 1 ? segment_bits : 1;
+    int const top = segment_bits < 2 ? segment_bits : 2;
     int const middle = segment_bits - top < 2 ? segment_bits - top : 2;
     return level == 2 ? top : level == 1 ? middle : segment_bits - top - middle;
+}
+// log2 of the segments in a member of a level's chains: of those up to the level before, in all.
+constexpr int member_bits(int level, int segment_bits) {
+    int bits = 0;
+    for (int i = 0; i < level; ++i) bits += level_bits(i, segment_bits);
+    return bits;
 }
 
 // What lies below a granule, where a tile has at most so many.
 constexpr int levels_in_granule(int num_granules) {
-    return num_granules >= 64 ? 0 : num_granules >= 8 ? 1 : num_granules >= 2 ? 2 : 3;
+    return num_granules >= 128 ? 0 : num_granules >= 16 ? 1 : num_granules >= 4 ? 2 : 3;
 }
 constexpr int granule_bits_of(int num_granules, int segment_bits) {
-    int const bits = num_granules >= 64 ? 6 : num_granules >= 8 ? 3 : num_granules >= 2 ? 1 : 0;
+    int const bits = num_granules >= 128 ? 7 : num_granules >= 16 ? 4 : num_granules >= 4 ? 2 : 0;
     return segment_bits < bits ? segment_bits : bits;
 }
-// The first segment at or behind a place of the plan, which in a plan for other lengths may lie within a granule.
-constexpr int segment_at(int place_64ths, int segment_bits, int num_granules) {
+// The segment at a place of the plan; the first one of the granule, where a plan for other lengths ends within one.
+constexpr int segment_at(int place_128ths, int segment_bits, int num_granules) {
     int const bits = granule_bits_of(num_granules, segment_bits);
-    return place_64ths << bits >> kMaxSegmentBits << (segment_bits - bits);
+    return place_128ths << bits >> kMaxSegmentBits << (segment_bits - bits);
 }
 
-// What becomes of the value of a segment: folded with what waits at some of the levels, then left at the last one.
+// The segments of a tile that one worker has, and of these one. In one word, as the slot of a piece.
+struct SegmentOfWorker {
+    int index, begin, end;
+
+    constexpr bool is_last() const { return index + 1 == end; }
+    constexpr int packed() const { return index | begin << 8 | end << 16; }
+    static constexpr SegmentOfWorker unpacked(int word) { return {word & 255, word >> 8 & 255, word >> 16}; }
+};
+
+// What becomes of the value of a segment: folded with what waits at some of the levels, then left at the last one, as
+// the begin of a chain or as a member whose chain another worker has begun.
 struct FoldPath {
     int folds;      // bit per level
-    int end_level;  // where it waits; the number of levels where it is the whole node above them
+    int end_level;  // where it is left; kFoldLevels where it is the whole tile
+    int first;      // segment of what is left
 
     constexpr bool folds_at(int level) const { return folds >> level & 1; }
+    constexpr bool ends_tile() const { return end_level == kFoldLevels; }
+    // Otherwise: whether what is left is the begin of a chain, with which what follows will be folded.
+    constexpr bool is_begin(int segment_bits) const {
+        return (first & ((1 << member_bits(end_level + 1, segment_bits)) - 1)) == 0;
+    }
 };
-// The path through the first levels of a tree with 2^segment_bits leaves.
-constexpr FoldPath fold_path(int segment, int segment_bits, int num_levels) {
-    FoldPath path{0, num_levels};
-    int index = segment;
-    for (int level = 0; level < num_levels; ++level) {
-        int const bits = level_bits(level, segment_bits), last = (1 << bits) - 1, member = index & last;
+constexpr FoldPath fold_path(SegmentOfWorker const& segment, int segment_bits) {
+    FoldPath path{0, kFoldLevels, 0};
+    int below = 0;  // bits
+    for (int level = 0; level < kFoldLevels; ++level) {
+        int const bits = level_bits(level, segment_bits), last = (1 << bits) - 1;
+        int const member = segment.index >> below & last, chain = segment.index >> (below + bits) << (below + bits);
+        if (member > 0 && chain < segment.begin) return {path.folds, level, segment.index >> below << below};
         path.folds |= int(member > 0) << level;
-        if (member < last) {
-            path.end_level = level;
-            break;
-        }
-        index >>= bits;
+        if (member < last) return {path.folds, level, chain};
+        below += bits;
     }
     return path;
 }
 
-// Scratch: slots of rows_per_tile rows. First those of the CTAs (or their clusters) for the levels within a granule,
-// then those of the granules of all tiles. What is folded last within a granule waits in the granule's own slot.
+// Scratch: slots of rows_per_tile rows. First those of the CTAs for levels within a granule, then those of the granules
+// of all tiles. What begins where a granule does waits in the granule's slot, so the outermost level within a granule
+// needs none of its own; where tiles are granules they have no slots.
 constexpr int levels_with_slots(int num_granules) {
-    return num_granules == 1 ? kFoldLevels : num_granules >= 8 ? 0 : levels_in_granule(num_granules) - 1;
+    return num_granules == 1 ? kFoldLevels : num_granules >= 16 ? 0 : levels_in_granule(num_granules) - 1;
 }
 constexpr int num_level_slots(WorkerGrid const& grid) {
     return grid.num_workers * grid.num_lanes * levels_with_slots(grid.num_granules);
@@ -101,14 +127,26 @@ constexpr int64_t num_slots(WorkerGrid const& grid, int64_t batch_size) {
     int64_t const granules = grid.num_granules == 1 ? 0 : grid.num_granules;
     return num_level_slots(grid) + batch_size * grid.tiles_per_request * grid.num_lanes * granules;
 }
-// What the scores warpgroup of the dense kernel leaves to its output warpgroups: a FoldStep per row for each level and
-// for the end.
-inline constexpr int kFoldStepFloats = 4;
-constexpr int num_fold_steps(WorkerGrid const& grid) {
-    return grid.is_swapped() ? 0 : grid.num_workers * grid.num_lanes * (kFoldLevels + 1) * kBlockM;
+// A slot is vectors of 32 lanes with 4 numbers each, as the decode kernels' threads hold them. Lane l of the dense
+// kernel has row l / 4 of the vector's 8 and columns 2·(l % 4), the next, and 8 more; of the swapped one column l / 4,
+// in rows 2·(l % 4) and the next, and the same 8 columns further.
+inline constexpr int kVectorNumbers = 128, kVectorRows = 8, kVectorColumns = 16;
+constexpr int vectors_of_slot(int rows_per_tile) { return rows_per_tile * kHeadDimV / kVectorNumbers; }
+
+struct VectorPlace {
+    int row, column;  // the first ones
+};
+constexpr VectorPlace vector_place(int vector, int rows_per_tile) {
+    constexpr int kVectorsPerRow = kHeadDimV / kVectorColumns;
+    if (rows_per_tile == kBlockM)
+        return {vector / kVectorsPerRow * kVectorRows, vector % kVectorsPerRow * kVectorColumns};
+    // By chunks of 64 columns, tiles of 8 rows in them, and warps.
+    int const row_tiles = rows_per_tile / kVectorRows, chunk = vector / 4 / row_tiles;
+    return {vector / 4 % row_tiles * kVectorRows, chunk * 64 + vector % 4 * kVectorColumns};
 }
+
 constexpr DecodeScratch invariant_scratch(WorkerGrid const& grid, int64_t batch_size) {
-    return {num_slots(grid, batch_size) * grid.rows_per_tile, num_fold_steps(grid) * kFoldStepFloats};
+    return {num_slots(grid, batch_size) * grid.rows_per_tile};
 }
 constexpr int64_t invariant_scratch_bytes(WorkerGrid const& grid, int64_t batch_size) {
     return invariant_scratch(grid, batch_size).bytes();
@@ -119,16 +157,15 @@ constexpr int granule_slot(WorkerGrid const& grid, int head_kv_of_batch, int m_t
     return num_level_slots(grid) + (head_kv_of_batch * m_tiles + m_tile) * grid.num_granules + granule;
 }
 
-// One kernel and one size of clusters for as many query rows, whatever the batch; and the smallest granules whose
-// values there is room for.
+// One kernel, without clusters that share out blocks, for as many query rows, whatever the batch; and the smallest
+// granules whose values there is room for.
 constexpr WorkerGrid invariant_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                     ClusterCapacity const& capacity) {
     WorkerGrid grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     if (num_rows_per_head_kv <= kMaxSwappedRows) {
-        int const split_ctas = capacity.num_clusters[kInvariantSplitCtas] > 0 ? kInvariantSplitCtas : 1;
-        grid = swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
+        grid = swapped_grid_of(1, num_rows_per_head_kv, num_heads_kv, capacity);
     }
-    constexpr int kNumGranules[] = {64, 8, 2, 1};
+    constexpr int kNumGranules[] = {128, 16, 4, 1};
     for (int const num_granules : kNumGranules) {
         grid.num_granules = num_granules;
         if (invariant_scratch_bytes(grid, batch_size) <= kMaxScratchBytes) break;

@@ -124,11 +124,11 @@ constexpr int64_t num_partial_rows(int num_rows_per_head_kv, int num_heads_kv, i
     return int64_t(2) * grid.num_workers * grid.num_lanes * kBlockM;
 }
 
-// Scratch of a decode: rows of partial results, each with its log2-sum-exp2, and floats for what else is left there.
+// Scratch of a decode: rows of partial results, each with its log2-sum-exp2.
 struct DecodeScratch {
-    int64_t rows, more_floats;
+    int64_t rows;
 
-    constexpr int64_t bytes() const { return (rows * (kHeadDimV + 1) + more_floats) * int64_t(sizeof(float)); }
+    constexpr int64_t bytes() const { return rows * (kHeadDimV + 1) * int64_t(sizeof(float)); }
 };
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.
@@ -137,7 +137,7 @@ constexpr int cluster_size(WorkerGrid const& grid) { return grid.num_lanes % 2 =
 // One row of tile_scheduler_metadata: the stretch of one worker. It names no addresses and no position of its own, so
 // a plan may be copied into any buffer.
 //
-// Where bits do not depend on the batch, the blocks are 64ths of the tile, and last_worker is the worker itself.
+// Where bits do not depend on the batch, the blocks are 128ths of the tile, and last_worker is the worker itself.
 struct alignas(32) WorkerRow {
     int begin_batch, begin_tile, begin_block;  // first piece
     int end_batch, end_tile, end_block;        // last piece; end_block is exclusive

@@ -52,7 +52,7 @@ __device__ inline int find_request(int64_t const* start, int batch_size, int64_t
 // A place on the line; the end of a tile is the begin of the next.
 struct Boundary {
     int batch, tile;
-    int place;  // in the tile, in units of the scheduler: blocks, or 64ths of it
+    int place;  // in the tile, in units of the scheduler: blocks, or 128ths of it
 
     __device__ bool cuts_a_tile() const { return place > 0; }
     __device__ bool operator==(Boundary const& o) const {

@@ -1,8 +1,9 @@
-// The upper part of the tree of segments (segments.h): one CTA per four rows of a tile of query rows. All granules of a
-// tile were written by the decode, whoever had them; tiles of a single segment have their results already.
+// The upper part of the tree of segments (segments.h), for tiles that the plan cuts: what several workers have folded
+// of them. Other tiles have their results from the decode.
 //
-// First the log2-sum-exp2 of the granules are folded level by level, one thread per chain, which gives the weights of
-// every fold. Then each thread folds its columns, granule by granule.
+// A warp takes one vector of a tile at a time: 32 lanes with 4 numbers each, as the decode kernels hold them. Where
+// there are few vectors in many parts a CTA shares one, a warp for each innermost chain. Which values there are in
+// which slots follows from the segments at which workers begin.
 #include "kernels/split_kv_combine/granule_combine.h"
 
 #include <algorithm>
@@ -10,136 +11,447 @@
 
 #include "kernels/sm90/primitives/dependent_launch.h"
 #include "kernels/sm90/primitives/fold.h"
-#include "kernels/split_kv_combine/store_columns.h"
+#include "kernels/sm90/primitives/fragment.h"
 
 namespace flash_mla {
 namespace {
 
 using sm90::FoldWeights;
 
-constexpr int kVectorColumns = 4;
-constexpr int kVectorsPerThread = 2;
-constexpr int kThreadsPerRow = kHeadDimV / kVectorColumns / kVectorsPerThread;
-constexpr int kRowsPerCta = 4;
-constexpr int kGranulesAtOnce = 4;  // their loads run side by side
-static_assert(kThreadsPerRow >= kMaxSegments);
+constexpr int kWarpSize = 32;
+constexpr int kLoadsAtOnce = 4;
+constexpr int kMaxOuterChains = 1 << level_bits(2, kMaxSegmentBits);
+constexpr int kMaxChains = kMaxOuterChains << level_bits(1, kMaxSegmentBits);  // innermost ones, of a tile
 
-struct RowFolds {
-    float log2_sum[kMaxSegments];                    // of what a level begins with
-    FoldWeights weights[kFoldLevels][kMaxSegments];  // by what comes next
+// The segments of a tile at which workers begin, but for the first: a bit each.
+struct Cuts {
+    uint32_t word[kMaxSegments / 32];
+
+    // Whether there is one behind segment `first`, up to segment `last`.
+    __host__ __device__ bool any_in(int first, int last) const {
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < kMaxSegments / 32; ++i) {
+            int const begin = first + 1 - 32 * i > 0 ? first + 1 - 32 * i : 0, end = last + 1 - 32 * i;
+            if (begin >= end || begin >= 32) continue;
+            any |= (word[i] >> begin << begin << (end < 32 ? 32 - end : 0)) != 0;
+        }
+        return any;
+    }
+    // The first one behind the begin of an innermost chain of 2 to 8 segments, which has one.
+    __host__ __device__ int first_in_chain(int begin) const {
+        uint32_t bits = word[begin / 32] >> begin % 32 & ~1u;
+        int segment = begin;
+        for (; (bits & 1) == 0; bits >>= 1) ++segment;
+        return segment;
+    }
 };
 
-__device__ float4 fold_outputs(float4 const& folded, float4 const& next, FoldWeights const& weights) {
-    return {sm90::fold_outputs(folded.x, next.x, weights), sm90::fold_outputs(folded.y, next.y, weights),
-            sm90::fold_outputs(folded.z, next.z, weights), sm90::fold_outputs(folded.w, next.w, weights)};
+struct CutTile {
+    int batch, tile, segment_bits;
+    Cuts cuts;
+};
+
+// Where a worker begins.
+struct Begin {
+    int batch, tile, segment;  // 0 if it cuts no tile
+    int segment_bits;
+
+    __device__ bool cuts_tile_of(Begin const& other) const {
+        return segment > 0 && other.segment > 0 && batch == other.batch && tile == other.tile;
+    }
+};
+
+__device__ Begin begin_of(DenseDecodeParams const& params, int worker) {
+    WorkerGrid const& grid = params.grid;
+    WorkerRow const row = params.metadata[worker];
+    // Not of a plan for other shapes.
+    if (row.begin_block <= 0 || row.begin_batch >= params.batch_size || row.begin_tile >= grid.tiles_per_request)
+        return {};
+    int const num_blocks = num_blocks_of(max(params.cache_seqlens[row.begin_batch], 0));
+    int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(grid.rows_per_tile));
+    int const segment = segment_at(min(row.begin_block, kMaxSegments), segment_bits, grid.num_granules);
+    return {row.begin_batch, row.begin_tile, segment < 1 << segment_bits ? segment : 0, segment_bits};
+}
+
+// For all threads of the CTA, in the order of the workers. Returns how many.
+__device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tiles, Begin* begins) {
+    __shared__ int listed_by_warp[kMaxChains];
+    int const num_workers = params.grid.num_workers, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    for (int worker = threadIdx.x; worker < num_workers; worker += blockDim.x)
+        begins[worker] = begin_of(params, worker);
+    __syncthreads();
+    int num_listed = 0;
+    for (int base = 0; base < num_workers; base += blockDim.x) {
+        int const worker = base + threadIdx.x;
+        Begin const begin = worker < num_workers ? begins[worker] : Begin{};
+        // The first one that begins within a tile lists it.
+        bool const lists = begin.segment > 0 && (worker == 0 || !begin.cuts_tile_of(begins[worker - 1]));
+        unsigned const votes = __ballot_sync(~0u, lists);
+        if (lane == 0) listed_by_warp[warp] = __popc(votes);
+        __syncthreads();
+        int index = num_listed + __popc(votes & (2u << lane) - 1) - 1;  // of the last tile listed so far
+        for (int i = 0; i < int(blockDim.x) / kWarpSize; ++i) {
+            if (i < warp) index += listed_by_warp[i];
+            num_listed += listed_by_warp[i];
+        }
+        if (lists) cut_tiles[index] = {begin.batch, begin.tile, begin.segment_bits, {}};
+        __syncthreads();
+        if (begin.segment > 0) atomicOr(&cut_tiles[index].cuts.word[begin.segment / 32], 1u << begin.segment % 32);
+    }
+    __syncthreads();
+    return num_listed;
+}
+
+// A value in scratch: members of a chain of some level, folded; the first of them 0 or the only one.
+struct Run {
+    int level, first_member, last_member;
+    int first_segment;
+    int num_values;  // of which it is to be folded; 0: it is part of another
+    int second_value_segment;
+
+    Run() = default;
+    // What comes of the innermost chain with this number, and of those that one worker has folded with it.
+    __host__ __device__ Run(int chain, CutTile const& tile) {
+        Cuts const& cuts = tile.cuts;
+        int const size = 1 << level_bits(0, tile.segment_bits), radix = 1 << level_bits(1, tile.segment_bits);
+        int const begin = chain * size, outer = chain / radix, outer_begin = outer * radix * size;
+        level = 1, first_member = last_member = chain - outer * radix;
+        first_segment = begin, num_values = 1, second_value_segment = 0;
+        if (cuts.any_in(begin, begin + size - 1)) {
+            // The first value is the chain's begin, the others are single segments.
+            second_value_segment = cuts.first_in_chain(begin);
+            num_values = 1 + begin + size - second_value_segment;
+        } else if (first_member > 0) {
+            num_values = cuts.any_in(outer_begin, begin);
+        } else {
+            int members = 1;
+            while (members < radix && !cuts.any_in(begin, begin + (members + 1) * size - 1)) ++members;
+            last_member = members - 1;
+            if (members < radix) return;
+            level = 2, first_member = last_member = outer;
+            if (outer > 0) {
+                num_values = cuts.any_in(0, begin);
+                return;
+            }
+            while (!cuts.any_in(0, (last_member + 2) * radix * size - 1)) ++last_member;
+        }
+    }
+    __device__ int segment_of(int value) const { return value == 0 ? first_segment : second_value_segment + value - 1; }
+};
+
+// What a lane has of a vector: 4 numbers, of one row or of two.
+template <bool kIsSwapped>
+struct Value {
+    static constexpr int kRows = kIsSwapped ? 2 : 1;
+    float4 number;
+    float log2_sum[kRows];
+
+    // Folded with what comes next.
+    __device__ void fold(Value const& next) {
+        FoldWeights weights[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) weights[i] = sm90::fold_log2_sums(log2_sum[i], next.log2_sum[i]);
+        number.x = sm90::fold_outputs(number.x, next.number.x, weights[0]);
+        number.y = sm90::fold_outputs(number.y, next.number.y, weights[kRows - 1]);
+        number.z = sm90::fold_outputs(number.z, next.number.z, weights[0]);
+        number.w = sm90::fold_outputs(number.w, next.number.w, weights[kRows - 1]);
+    }
+};
+
+__device__ void store_lse(DenseDecodeParams const& params, int batch, QueryRow const& at, float log2_sum) {
+    if (at.exists) params.lse[lse_offset(params, batch, at)] = natural_lse(log2_sum);
+}
+
+template <typename Element, bool kIsSwapped>
+__device__ void store(DenseDecodeParams const& params, int batch, TilePlace const& place, VectorPlace const& vector,
+                      Value<kIsSwapped> const& value) {
+    int const lane = threadIdx.x % kWarpSize, rows_per_tile = params.grid.rows_per_tile;
+    QueryRow const at = query_row(params, place, vector.row + lane / 4, rows_per_tile);
+    if constexpr (kIsSwapped) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int const row = vector.row + 2 * (lane % 4) + i;
+            if (vector.column == 0 && lane < 4)
+                store_lse(params, batch, query_row(params, place, row, rows_per_tile), value.log2_sum[i]);
+        }
+    } else if (vector.column == 0 && lane % 4 == 0) {
+        store_lse(params, batch, at, value.log2_sum[0]);
+    }
+    uint32_t pair[2] = {sm90::pack_pair(value.number.x, value.number.y, Element{}),
+                        sm90::pack_pair(value.number.z, value.number.w, Element{})};
+    Element* const out =
+        static_cast<Element*>(params.out) + out_offset(params, batch, at) + vector.column + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        // Of two rows and a column each.
+        if constexpr (kIsSwapped) pair[i] = sm90::transpose_matrix(pair[i]);
+        if (at.exists) *reinterpret_cast<uint32_t*>(out + 8 * i) = pair[i];
+    }
+}
+
+// A vector of a cut tile, and where its values are.
+template <bool kIsSwapped>
+struct Item {
+    using LaneValue = Value<kIsSwapped>;
+
+    DenseDecodeParams const& params;
+    CutTile const& tile;
+    int vector;
+    TilePlace place;
+    VectorPlace at;
+    int first_granule, granule_shift;
+
+    // A number counts the vectors of all cut tiles and lanes.
+    __device__ Item(DenseDecodeParams const& params, CutTile const* cut_tiles, int number)
+        : params(params), tile(cut_tiles[number / vectors_of_slot(params.grid.rows_per_tile) / params.grid.num_lanes]) {
+        WorkerGrid const& grid = params.grid;
+        int const vectors = vectors_of_slot(grid.rows_per_tile);
+        vector = number % vectors;
+        place = tile_place(grid, tile.tile, number / vectors % grid.num_lanes);
+        at = vector_place(vector, grid.rows_per_tile);
+        first_granule = granule_slot(grid, tile.batch * params.num_heads_kv + place.head_kv, place.m_tile, 0);
+        granule_shift = tile.segment_bits - granule_bits_of(grid.num_granules, tile.segment_bits);
+    }
+    __device__ bool has_rows() const {
+        return place.m_tile * params.grid.rows_per_tile + at.row < params.rows_per_head_kv;
+    }
+    __device__ int radix() const { return 1 << level_bits(1, tile.segment_bits); }
+    __device__ int num_chains() const { return 1 << (tile.segment_bits - level_bits(0, tile.segment_bits)); }
+
+    // What was left from a segment on.
+    __device__ LaneValue load(int segment) const {
+        int const lane = threadIdx.x % kWarpSize, rows_per_tile = params.grid.rows_per_tile;
+        int64_t const first_row = int64_t(first_granule + (segment >> granule_shift)) * rows_per_tile;
+        LaneValue value;
+        value.number =
+            reinterpret_cast<float4 const*>(params.out_partial + first_row * kHeadDimV)[vector * kWarpSize + lane];
+#pragma unroll
+        for (int i = 0; i < LaneValue::kRows; ++i) {
+            int const row = at.row + (kIsSwapped ? 2 * (lane % 4) + i : lane / 4);
+            value.log2_sum[i] = params.lse_partial[first_row + row];
+        }
+        return value;
+    }
+    __device__ LaneValue fold(Run const& run) const {
+        LaneValue folded{};
+#pragma unroll 1
+        for (int first = 0; first < run.num_values; first += kLoadsAtOnce) {
+            LaneValue loaded[kLoadsAtOnce];
+#pragma unroll
+            for (int i = 0; i < kLoadsAtOnce; ++i) {
+                if (first + i < run.num_values) loaded[i] = load(run.segment_of(first + i));
+            }
+#pragma unroll
+            for (int i = 0; i < kLoadsAtOnce; ++i) {
+                if (first + i >= run.num_values) continue;
+                if (first + i == 0) {
+                    folded = loaded[i];
+                } else {
+                    folded.fold(loaded[i]);
+                }
+            }
+        }
+        return folded;
+    }
+};
+
+// All runs of a vector, folded in order by a warp, of which each lane finds out about one.
+template <bool kIsSwapped>
+struct Folding {
+    using LaneValue = Value<kIsSwapped>;
+
+    LaneValue run, outer_chain, whole;
+    bool has_whole = false;
+
+    __device__ void fold(Item<kIsSwapped> const& item) {
+        int const lane = threadIdx.x % kWarpSize, radix = item.radix(), num_chains = item.num_chains();
+        Run own_run{};
+        if (lane < num_chains) own_run = Run(lane, item.tile);
+        int const num_values = lane < num_chains ? own_run.num_values : 0;
+        int values_up_to_here = num_values;
+#pragma unroll
+        for (int distance = 1; distance < kMaxChains; distance *= 2) {
+            int const before = __shfl_up_sync(~0u, values_up_to_here, distance);
+            if (lane >= distance) values_up_to_here += before;
+        }
+        int const total = __shfl_sync(~0u, values_up_to_here, kMaxChains - 1);
+#pragma unroll 1
+        for (int first = 0; first < total; first += kLoadsAtOnce) {
+            LaneValue loaded[kLoadsAtOnce];
+            int chain_of[kLoadsAtOnce];
+#pragma unroll
+            for (int i = 0; i < kLoadsAtOnce; ++i) {
+                if (first + i >= total) continue;
+                int const chain = __ffs(__ballot_sync(~0u, values_up_to_here > first + i)) - 1;
+                int const value = first + i - __shfl_sync(~0u, values_up_to_here - num_values, chain);
+                int const begin = __shfl_sync(~0u, own_run.first_segment, chain);
+                int const second = __shfl_sync(~0u, own_run.second_value_segment, chain);
+                chain_of[i] = chain;
+                loaded[i] = item.load(value == 0 ? begin : second + value - 1);
+            }
+#pragma unroll
+            for (int i = 0; i < kLoadsAtOnce; ++i) {
+                if (first + i >= total) continue;
+                int const chain = chain_of[i], end = __shfl_sync(~0u, values_up_to_here, chain);
+                if (first + i == end - __shfl_sync(~0u, num_values, chain)) {
+                    run = loaded[i];
+                } else {
+                    run.fold(loaded[i]);
+                }
+                if (first + i == end - 1)
+                    end_run(__shfl_sync(~0u, own_run.level, chain), __shfl_sync(~0u, own_run.first_member, chain),
+                            __shfl_sync(~0u, own_run.last_member, chain), radix);
+            }
+        }
+    }
+
+private:
+    __device__ void end_run(int level, int first_member, int last_member, int radix) {
+        LaneValue value = run;
+        if (level == 1) {
+            if (first_member > 0) {
+                outer_chain.fold(value);
+                value = outer_chain;
+            }
+            outer_chain = value;
+            if (last_member < radix - 1) return;
+        }
+        if (has_whole) {
+            whole.fold(value);
+        } else {
+            whole = value;
+        }
+        has_whole = true;
+    }
+};
+
+// The numbers of the chains that have a run, a bit each, of which each lane computes one.
+__device__ unsigned find_runs(CutTile const& tile, int num_chains, Run& run) {
+    int const lane = threadIdx.x % kWarpSize;
+    run.num_values = 0;
+    if (lane < num_chains) run = Run(lane, tile);
+    return __ballot_sync(~0u, run.num_values > 0);
+}
+__device__ Run run_of_lane(Run const& run, int lane) {
+    Run result;
+    result.level = __shfl_sync(~0u, run.level, lane);
+    result.first_member = __shfl_sync(~0u, run.first_member, lane);
+    result.last_member = __shfl_sync(~0u, run.last_member, lane);
+    result.first_segment = __shfl_sync(~0u, run.first_segment, lane);
+    result.num_values = __shfl_sync(~0u, run.num_values, lane);
+    result.second_value_segment = __shfl_sync(~0u, run.second_value_segment, lane);
+    return result;
+}
+
+// The same by a CTA, a warp per chain and then per chain of chains. The result is that of the first warp.
+template <bool kIsSwapped>
+__device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
+    using LaneValue = Value<kIsSwapped>;
+    __shared__ LaneValue values[kMaxChains][kWarpSize];
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    int const radix = item.radix(), num_chains = item.num_chains(), num_outer_chains = num_chains / radix;
+    Run own_run;
+    unsigned const chains = find_runs(item.tile, num_chains, own_run);
+    if (chains >> warp & 1) values[warp][lane] = item.fold(run_of_lane(own_run, warp));
+    __syncthreads();
+    // Takes the place of that of the first chain.
+    if (warp < num_outer_chains) {
+        bool has_value = false;
+        LaneValue folded{};
+        for (int chain = warp * radix; chain < (warp + 1) * radix; ++chain) {
+            if ((chains >> chain & 1) == 0) continue;
+            if (has_value) {
+                folded.fold(values[chain][lane]);
+            } else {
+                folded = values[chain][lane];
+            }
+            has_value = true;
+        }
+        values[warp * radix][lane] = folded;
+    }
+    __syncthreads();
+    LaneValue whole{};
+    if (warp == 0) {
+        whole = values[0][lane];
+        for (int outer = 1; outer < num_outer_chains; ++outer) {
+            if ((chains >> outer * radix & ((1u << radix) - 1)) != 0) whole.fold(values[outer * radix][lane]);
+        }
+    }
+    __syncthreads();
+    return whole;
+}
+
+template <bool kByCta>
+constexpr int kThreads = (kByCta ? kMaxChains : 8) * kWarpSize;
+template <bool kIsSwapped, bool kByCta>
+constexpr int kCtasPerSm = kByCta       ? 1
+                           : kIsSwapped ? 2
+                                        : 3;  // that there are registers for
+
+// kByCta: where there are many values and few vectors. Either way folds what any plan leaves.
+template <typename Element, bool kIsSwapped, bool kByCta>
+__global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kIsSwapped, kByCta>)
+    granule_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
+    extern __shared__ CutTile cut_tiles[];  // [num_workers], and as many Begin
+    WorkerGrid const& grid = params.grid;
+    // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
+    int const num_cut_tiles = list_cut_tiles(params, cut_tiles, reinterpret_cast<Begin*>(cut_tiles + grid.num_workers));
+    sm90::allow_dependent_launch();
+    sm90::wait_for_previous_kernel();
+
+    int const num_items = num_cut_tiles * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    int const warp = threadIdx.x / kWarpSize, num_warps = kByCta ? 1 : kThreads<kByCta> / kWarpSize;
+    for (int number = kByCta ? blockIdx.x : warp * gridDim.x + blockIdx.x; number < num_items;
+         number += gridDim.x * num_warps) {
+        Item<kIsSwapped> const item(params, cut_tiles, number);
+        if (!item.has_rows()) continue;
+        if constexpr (kByCta) {
+            Value<kIsSwapped> const value = fold_all_by_cta(item);
+            if (warp == 0) store<Element>(params, item.tile.batch, item.place, item.at, value);
+        } else {
+            Folding<kIsSwapped> folding;
+            folding.fold(item);
+            store<Element>(params, item.tile.batch, item.place, item.at, folding.whole);
+        }
+    }
+}
+
+template <typename Element, bool kIsSwapped, bool kByCta>
+cudaError_t launch(DenseDecodeParams const& params, int num_sms, cudaStream_t stream) {
+    WorkerGrid const& grid = params.grid;
+    int64_t const most_items = int64_t(grid.num_workers) * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm<kIsSwapped, kByCta> * num_sms)));
+    config.blockDim = dim3(kThreads<kByCta>);
+    config.dynamicSmemBytes = grid.num_workers * (sizeof(CutTile) + sizeof(Begin));
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, granule_combine_kernel<Element, kIsSwapped, kByCta>, params);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kRowsPerCta* kThreadsPerRow)
-    granule_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
-    __shared__ RowFolds folds_of_rows[kRowsPerCta];
+cudaError_t launch_for(DenseDecodeParams const& params, int num_sms, cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
-    sm90::allow_dependent_launch();
-    sm90::wait_for_previous_kernel();
-    int const m_tile = blockIdx.x, head_kv_of_batch = blockIdx.y;
-    int const batch = head_kv_of_batch / params.num_heads_kv;
-    int const head_kv = head_kv_of_batch - batch * params.num_heads_kv;
-    int const num_blocks = num_blocks_of(max(params.cache_seqlens[batch], 0));
-    int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(grid.rows_per_tile));
-    if (segment_bits == 0) return;
-
-    int const row_in_cta = threadIdx.x / kThreadsPerRow, thread = threadIdx.x % kThreadsPerRow;
-    int const row_in_tile = blockIdx.z * kRowsPerCta + row_in_cta;
-    QueryRow const at = query_row(params, {head_kv, m_tile}, row_in_tile, grid.rows_per_tile);
-    bool const exists = row_in_tile < grid.rows_per_tile && at.exists;
-    int const granule_bits = granule_bits_of(grid.num_granules, segment_bits), num_granules = 1 << granule_bits;
-    int const first_level = levels_in_granule(grid.num_granules);
-    auto const row_of = [&](int granule) {
-        return int64_t(granule_slot(grid, head_kv_of_batch, m_tile, granule)) * grid.rows_per_tile + row_in_tile;
-    };
-
-    RowFolds& folds = folds_of_rows[row_in_cta];
-    if (exists && thread < num_granules) folds.log2_sum[thread] = params.lse_partial[row_of(thread)];
-    __syncthreads();
-    for (int level = first_level, count = num_granules; level < kFoldLevels; ++level) {
-        int const bits = level_bits(level, segment_bits), members = 1 << bits;
-        bool const has_chain = exists && thread < count >> bits;
-        float folded = 0.f;
-        if (has_chain) {
-            folded = folds.log2_sum[thread << bits];
-            for (int i = (thread << bits) + 1; i < (thread << bits) + members; ++i)
-                folds.weights[level][i] = sm90::fold_log2_sums(folded, folds.log2_sum[i]);
-        }
-        __syncthreads();
-        if (has_chain) folds.log2_sum[thread] = folded;
-        __syncthreads();
-        count >>= bits;
-    }
-    if (!exists) return;
-    if (thread == 0) {
-        params.lse[lse_offset(params, batch, at)] = natural_lse(folds.log2_sum[0]);
-    }
-
-    Element* const out_row = static_cast<Element*>(params.out) + out_offset(params, batch, at);
-    float4 waiting[kFoldLevels][kVectorsPerThread] = {};
-#pragma unroll 1
-    for (int first = 0; first < num_granules; first += kGranulesAtOnce) {
-        float4 loaded[kGranulesAtOnce][kVectorsPerThread] = {};
-#pragma unroll
-        for (int i = 0; i < kGranulesAtOnce; ++i) {
-            if (first + i >= num_granules) continue;
-            auto const* const source =
-                reinterpret_cast<float4 const*>(params.out_partial + row_of(first + i) * kHeadDimV) + thread;
-#pragma unroll
-            for (int v = 0; v < kVectorsPerThread; ++v) loaded[i][v] = source[v * kThreadsPerRow];
-        }
-#pragma unroll
-        for (int i = 0; i < kGranulesAtOnce; ++i) {
-            if (first + i >= num_granules) continue;
-            int index = first + i;
-            bool is_on_its_way = true;
-#pragma unroll
-            for (int level = 0; level < kFoldLevels; ++level) {
-                if (level < first_level || !is_on_its_way) continue;
-                int const bits = level_bits(level, segment_bits), last = (1 << bits) - 1, member = index & last;
-                if (member > 0) {
-                    FoldWeights const weights = folds.weights[level][index];
-#pragma unroll
-                    for (int v = 0; v < kVectorsPerThread; ++v)
-                        loaded[i][v] = fold_outputs(waiting[level][v], loaded[i][v], weights);
-                }
-                if (member < last) {
-                    is_on_its_way = false;
-#pragma unroll
-                    for (int v = 0; v < kVectorsPerThread; ++v) waiting[level][v] = loaded[i][v];
-                }
-                index >>= bits;
-            }
-            if (!is_on_its_way) continue;
-#pragma unroll
-            for (int v = 0; v < kVectorsPerThread; ++v)
-                store_columns(out_row + (v * kThreadsPerRow + thread) * kVectorColumns, loaded[i][v]);
-        }
-    }
+    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
+    int64_t const num_vectors = num_tiles * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    bool const by_cta = grid.num_workers > 8 * num_tiles && num_vectors <= 4 * num_sms;
+    if (grid.is_swapped())
+        return by_cta ? launch<Element, true, true>(params, num_sms, stream)
+                      : launch<Element, true, false>(params, num_sms, stream);
+    return by_cta ? launch<Element, false, true>(params, num_sms, stream)
+                  : launch<Element, false, false>(params, num_sms, stream);
 }
 
 }  // namespace
 
-cudaError_t launch_granule_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream) {
-    WorkerGrid const& grid = params.grid;
-    if (grid.num_granules <= 1) return cudaSuccess;
-    int const rows = std::min(params.rows_per_head_kv, grid.rows_per_tile);
-    cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(ceil_div(params.rows_per_head_kv, grid.rows_per_tile),
-                          params.batch_size * params.num_heads_kv, ceil_div(rows, kRowsPerCta));
-    config.blockDim = dim3(kRowsPerCta * kThreadsPerRow);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    auto* const kernel =
-        type == ElementType::kBFloat16 ? granule_combine_kernel<__nv_bfloat16> : granule_combine_kernel<__half>;
-    return cudaLaunchKernelEx(&config, kernel, params);
+cudaError_t launch_granule_combine(DenseDecodeParams const& params, int num_sms, ElementType type,
+                                   cudaStream_t stream) {
+    if (params.grid.num_granules <= 1) return cudaSuccess;
+    return type == ElementType::kBFloat16 ? launch_for<cutlass::bfloat16_t>(params, num_sms, stream)
+                                          : launch_for<cutlass::half_t>(params, num_sms, stream);
 }
 
 }  // namespace flash_mla

@@ -8,6 +8,6 @@
 namespace flash_mla {
 
 // Follows the decode kernel in the same stream. Does nothing where granules are whole tiles.
-cudaError_t launch_granule_combine(DenseDecodeParams const& params, ElementType type, cudaStream_t stream);
+cudaError_t launch_granule_combine(DenseDecodeParams const& params, int num_sms, ElementType type, cudaStream_t stream);
 
 }  // namespace flash_mla

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/sm90/dense_decode/load.h"
-#include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -40,6 +39,10 @@ struct OutputMainloop {
 private:
     __device__ int half() const { return role == WarpgroupRole::kOutputHigh; }
     __device__ int first_chunk() const { return half() * Traits::kChunksPerHalf; }
+    // Folding leaves no register for it.
+    __device__ int own_thread() const {
+        return Traits::kSummation == Summation::kBySegments ? thread_in_warpgroup_now() : thread;
+    }
     __device__ uint32_t barrier() const { return warpgroup_barrier(role); }
 
     // Looked up anew each time: not even its address, or what kind it is, should occupy a register meanwhile.
@@ -55,34 +58,49 @@ private:
         cute::clear(outputs);
         int num_keys = piece.seqlen - piece.begin_block * kPageSize;
         int const num_keys_after = piece.seqlen - piece.end_block * kPageSize;
-        for (; num_keys > num_keys_after; num_keys -= kPageSize) {
-            int const keys_left = num_keys - kPageSize - num_keys_after;
+        for (; num_keys > keys_after(num_keys_after); num_keys -= kPageSize) {
+            int const keys_left = num_keys - kPageSize - keys_after(num_keys_after);
             // Before the wait, after which each cycle counts.
             ColumnwiseOperand const p(shared_address(shared.rope_or_p[at.p_place(keys_left == 0)]));
             RowwiseOperand const v(shared_address(shared.latent[at.stage()][first_chunk()]));
             shared.barriers.p_ready[at.p_turn()].wait(at.p_phase());
-            if (flag_for_warp(shared.must_rescale[at.stage()][thread / 32])) rescale(outputs);
+            if (flag_for_warp(shared.must_rescale[at.stage()][own_thread() / 32])) rescale(outputs);
             if (num_keys < kPageSize) clear_keys_from(num_keys);
             issue(p, v, outputs);
             cute::warpgroup_wait<0>();
             fence_outputs(outputs);
             quads_arrive(shared.barriers.p_consumed[at.p_turn()]);
             if (keys_left != 0) {
-                if (thread % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
+                if (own_thread() % 32 == 0) shared.barriers.announce_consumed(at.stage(), half());
                 refill(at);
-            } else {
+            } else if constexpr (Traits::kSummation == Summation::kByWorkers) {
                 cutlass::arch::NamedBarrier::arrive(3 * 128, kLastOutputsBarrier);
             }
             refill_rope(keys_left);
             at.advance();
         }
-        store(outputs);
+        shared.barriers.stats_full.wait(piece_count % 2);
+        if constexpr (Traits::kSummation == Summation::kBySegments) {
+            fold_and_store(outputs);
+        } else {
+            store_half<0>(piece_now(), outputs);
+            refill(at.previous());
+            store_half<1>(piece_now(), outputs);
+        }
+        quads_arrive(shared.barriers.stats_empty);
+    }
+
+    // Of the piece. Folding leaves no register for it either.
+    __device__ int keys_after(int kept) const {
+        if constexpr (Traits::kSummation == Summation::kByWorkers) return kept;
+        Piece const& piece = piece_now();
+        return piece.seqlen - piece.end_block * kPageSize;
     }
 
     __device__ void rescale(Outputs& outputs) {
         auto const& rescale = shared.rescale[at.stage()];
-        float const factor[kRowsPerThread] = {load_for_quad(rescale[fragment_row(thread, 0)]),
-                                              load_for_quad(rescale[fragment_row(thread, 1)])};
+        float const factor[kRowsPerThread] = {load_for_quad(rescale[fragment_row(own_thread(), 0)]),
+                                              load_for_quad(rescale[fragment_row(own_thread(), 1)])};
 #pragma unroll
         for (int i = 0; i < kNumOutputs; ++i) outputs[i] *= factor[i / 2 % 2];
     }
@@ -92,7 +110,7 @@ private:
 #pragma unroll
         for (int chunk = 0; chunk < Traits::kChunksPerHalf; ++chunk) {
             auto* const words = reinterpret_cast<uint4*>(shared.latent[at.stage()][first_chunk() + chunk]);
-            for (int i = num_keys * 8 + thread; i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
+            for (int i = num_keys * 8 + own_thread(); i < kPageSize * 8; i += 128) words[i] = uint4{0, 0, 0, 0};
         }
         cutlass::arch::fence_view_async_shared();
         cutlass::arch::NamedBarrier::sync(128, barrier());
@@ -114,7 +132,7 @@ private:
     // Copies a later block to where a consumed one was. The stage of the last block of a piece is announced as
     // consumed by scores, when query rows have passed through it, and so refilled later than others.
     __device__ void refill(BlockPosition<Traits> const& consumed) const {
-        if (thread != 0 || !loader().copies_half(half())) return;
+        if (own_thread() != 0 || !loader().copies_half(half())) return;
         loader().fill_half(consumed.later(Traits::kNumStages), half());
     }
 
@@ -123,88 +141,145 @@ private:
     // and not free yet if it is the last but one, as P of the last comes there. What is missing then, the block two
     // after the first of a piece, scores copy.
     __device__ void refill_rope(int keys_left) const {
-        if (role != WarpgroupRole::kOutputLow || thread != 0 || keys_left == kPageSize) return;
+        if (role != WarpgroupRole::kOutputLow || own_thread() != 0 || keys_left == kPageSize) return;
         shared.barriers.p_consumed[at.p_turn()].wait(at.p_phase());
         loader().load_rope(at.later(keys_left == 0 ? 2 : 3));
     }
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
-    __device__ void store(Outputs& outputs) {
-        shared.barriers.stats_full.wait(piece_count % 2);
-        if constexpr (Traits::kSummation == Summation::kBySegments) {
-            fold_half<0>(piece_now(), outputs);
-            refill(at.previous());
-            fold_half<1>(piece_now(), outputs);
-        } else {
-            store_half<0>(piece_now(), outputs);
-            refill(at.previous());
-            store_half<1>(piece_now(), outputs);
+    // A segment, on its way through the tree; it may be the only one of its tile. What it is folded with comes by way
+    // of its last block's stage, which goes free later than others therefore.
+    __device__ void fold_and_store(Outputs& outputs) {
+        if (folds_now() & (FoldSteps::kStays - 1)) {
+            // All warps have multiplied what is there.
+            cutlass::arch::NamedBarrier::sync(128, barrier());
+#pragma unroll 1
+            for (int level = 0; level < kFoldLevels; ++level) {
+                if (folds_now() >> level & 1) fold_at(level, outputs);
+            }
         }
-        quads_arrive(shared.barriers.stats_empty);
+        if (folds_now() & FoldSteps::kStays) {
+            cutlass::arch::fence_view_async_shared();
+            __syncwarp();
+            if (own_thread() % 32 == 0) shared.barriers.announce_consumed(at.previous().stage(), half());
+        } else {
+            cutlass::arch::NamedBarrier::arrive(3 * 128, kLastOutputsBarrier);
+        }
+        refill(at.previous());
+        store_folded<0>(outputs);
+        store_folded<1>(outputs);
+    }
+    // Read anew each time, as registers are dearer.
+    __device__ static int row_now(int h) { return fragment_row(thread_in_warpgroup_now(), h); }
+    __device__ int folds_now() const { return word_for_quad_now(shared_address(shared.fold_steps.folds)); }
+    __device__ int slot_now(int level) const {
+        return word_for_quad_now(shared_address(shared.fold_steps.slot[level]));
+    }
+    // What outputs are still to be multiplied with, at a level or at the end.
+    __device__ float inverse_sum_now(int h, int level) const {
+        float const inverse_sum = __uint_as_float(word_for_quad_now(shared_address(shared.inverse_sum[row_now(h)])));
+        return folds_now() & ((1 << level) - 1) ? 1.f : inverse_sum;
     }
 
-    // One of the two rows of each thread: on its way through the tree of segments, which may be a single one.
     template <int h>
-    __device__ void fold_half(Piece const& piece, Outputs& outputs) const {
-        int const row = fragment_row(thread_in_warpgroup_now(), h);
-        float inverse_sum = load_for_quad(shared.inverse_sum[row]);
-        FoldStep const end = load_fold_step(params, kFoldLevels, row);
-#pragma unroll 1
-        for (int level = 0; level < kFoldLevels; ++level) {
-            if ((end.folds >> level & 1) == 0) continue;
-            fold_row<h>(load_fold_step(params, level, row), row, inverse_sum, outputs);
-            inverse_sum = 1.f;
-        }
-        if (end.slot == FoldStep::kOut) {
+    __device__ void store_folded(Outputs& outputs) const {
+        int const row = row_now(h), slot = slot_now(kFoldLevels);
+        float const inverse_sum = inverse_sum_now(h, kFoldLevels);
+        if (slot == FoldSteps::kOut) {
+            Piece const& piece = piece_now();
             QueryRow const at = query_row(params, piece.place, row);
             Element* target = out_row(piece, at);
             asm volatile("" : "+l"(target));  // before the outputs are packed: its parts would take more registers
             store_row<h>(target, at.exists, inverse_sum, outputs);
         } else {
-            store_slot_row<h>(slot_row(end.slot, row), inverse_sum, outputs);
+            store_slot_row<h>(slot_vectors(slot, row), inverse_sum, outputs);
         }
     }
 
-    template <int h>
-    __device__ void fold_row(FoldStep const& step, int row, float inverse_sum, Outputs& outputs) const {
-        auto const* const folded =
-            reinterpret_cast<float2 const*>(slot_row(step.slot, row) + fragment_column(thread_in_warpgroup_now(), 0));
-        constexpr int kTilesAtOnce = 8;
+    // Folds the outputs with what waits at a level: copied in four parts, two on their way at a time. Each thread reads
+    // what it has copied itself.
+    __device__ void fold_at(int level, Outputs& outputs) const {
+        int const slot = slot_now(level);
+        copy_part(0, slot);
+        copy_part(1, slot);
 #pragma unroll
-        for (int first = 0; first < kNumOutputs / 4; first += kTilesAtOnce) {
-            float2 x[kTilesAtOnce];
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < kTilesAtOnce; ++i) x[i] = load_scratch(folded + 4 * (first + i));
-#pragma unroll
-            for (int i = 0; i < kTilesAtOnce; ++i) {
-                int const at = 4 * (first + i) + 2 * h;
-                outputs[at] = fold_outputs(x[i].x, normalized(outputs[at], inverse_sum), step.weights);
-                outputs[at + 1] = fold_outputs(x[i].y, normalized(outputs[at + 1], inverse_sum), step.weights);
+        for (int part = 0; part < kNumParts; ++part) {
+            int const h = part / 2;
+            if (part + 1 < kNumParts) {
+                cute::cp_async_wait<1>();
+            } else {
+                cute::cp_async_wait<0>();
             }
+            uint32_t const landing = landing_now();
+            FoldWeights const weights = FoldWeights::of(
+                __uint_as_float(word_for_quad_now(shared_address(shared.fold_steps.folded_weight[level][row_now(h)]))));
+            float const inverse_sum = inverse_sum_now(h, level);
+#pragma unroll
+            for (int i = 0; i < kVectorsPerPart; ++i) {
+                float4 const x = load_shared(landing + place_of(part, i));
+                int const first = 8 * (part % 2 * kVectorsPerPart + i) + 2 * h;
+                fold_output(outputs[first], x.x, inverse_sum, weights);
+                fold_output(outputs[first + 1], x.y, inverse_sum, weights);
+                fold_output(outputs[first + 4], x.z, inverse_sum, weights);
+                fold_output(outputs[first + 5], x.w, inverse_sum, weights);
+            }
+            if (part + 2 < kNumParts) copy_part(part + 2, slot);
         }
+    }
+    __device__ static void fold_output(float& output, float folded, float inverse_sum, FoldWeights const& weights) {
+        output = fold_outputs(folded, normalized(output, inverse_sum), weights);
+    }
+
+    // Half of one of the two rows of each thread.
+    static constexpr int kNumParts = 4, kVectorsPerPart = kNumOutputs / 4 / kNumParts;
+    __device__ static constexpr uint32_t place_of(int part, int i) {
+        return (part % 2 * kVectorsPerPart + i) * 128 * sizeof(float4);
+    }
+    __device__ uint32_t landing_now() const {
+        return shared_address(shared.latent[at.previous().stage()][first_chunk()]) +
+               thread_in_warpgroup_now() * sizeof(float4);
+    }
+    __device__ void copy_part(int part, int slot) const {
+        float4 const* const waiting = slot_vectors(slot, row_now(0));
+        uint32_t const landing = landing_now();
+        constexpr int kVectorsToNextRows = kHeadDimV / kVectorColumns;
+#pragma unroll
+        for (int i = 0; i < kVectorsPerPart; ++i) {
+            int const vector = part / 2 * kVectorsToNextRows + part % 2 * kVectorsPerPart + i;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(landing + place_of(part, i)),
+                         "l"(waiting + 32 * vector)
+                         : "memory");
+        }
+        cute::cp_async_fence();
+    }
+    __device__ static float4 load_shared(uint32_t address) {
+        float4 value;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                     : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                     : "r"(address)
+                     : "memory");
+        return value;
     }
 
     template <int h>
-    __device__ void store_slot_row(float* row, float inverse_sum, Outputs const& outputs) const {
-        float* const target = row + fragment_column(thread_in_warpgroup_now(), 0);
+    __device__ void store_slot_row(float4* target, float inverse_sum, Outputs const& outputs) const {
 #pragma unroll
-        for (int tile = 0; tile < kNumOutputs / 4; ++tile) {
-            *reinterpret_cast<float2*>(target + 8 * tile) =
-                float2{normalized(outputs[4 * tile + 2 * h], inverse_sum),
-                       normalized(outputs[4 * tile + 2 * h + 1], inverse_sum)};
+        for (int i = 0; i < kNumOutputs / 8; ++i) {
+            int const at = 8 * i + 2 * h;
+            target[32 * i] = float4{normalized(outputs[at], inverse_sum), normalized(outputs[at + 1], inverse_sum),
+                                    normalized(outputs[at + 4], inverse_sum), normalized(outputs[at + 5], inverse_sum)};
         }
     }
 
-    __device__ float* slot_row(int slot, int row) const {
-        return slot_outputs(params, slot, row) + half() * Traits::kHalfColumns;
+    __device__ float4* slot_vectors(int slot, int row) const {
+        return sm90::slot_vectors(params, slot, row, half() * Traits::kHalfColumns);
     }
 
     // One of the two rows of each thread.
     template <int h>
     __device__ void store_half(Piece const& piece, Outputs const& outputs) const {
-        int const row = fragment_row(thread, h);
+        int const row = fragment_row(own_thread(), h);
         float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
         if (piece.is_partial()) {
             store_partial_row<h>(piece, row, inverse_sum, outputs);
@@ -229,7 +304,7 @@ private:
         int const lane = lane_now(), first_column = half() * Traits::kHalfColumns;
         int const tile_row = partial_row(params.grid, piece.slot, lane, 0, kBlockM);
         uint32_t const exponent = exponent_above<h>(inverse_sum, outputs);
-        params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, thread % 4)] =
+        params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, own_thread() % 4)] =
             __uint_as_float(exponent << 23);
         float const factor = inverse_sum * __uint_as_float((254 - exponent) << 23);
         int const offset = tile_row * kHeadDimV + box_offset(row, first_column);
@@ -265,7 +340,7 @@ private:
     // Four tiles of 8 columns at a time, transposed among the four lanes of a row: 16 bytes a lane, 64 together.
     template <int h>
     __device__ void store_row(Element* row, bool exists, float inverse_sum, Outputs const& outputs) const {
-        Element* const target = row + thread % 4 * 8;
+        Element* const target = row + own_thread() % 4 * 8;
 #pragma unroll
         for (int group = 0; group < kNumOutputs / 16; ++group) {
             uint32_t word[4];

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/sm90/dense_decode/load.h"
-#include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/dense_decode/traits.h"
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -117,6 +116,15 @@ private:
     __device__ void load_next_q() {
         uint32_t const index = shared.pieces.next_scores - 1, stage = at.previous().stage();
         Piece const& next = next_piece();
+        bool const stays_in_tile = Traits::kSummation == Summation::kBySegments && current_piece().is_partial() &&
+                                   !SegmentOfWorker::unpacked(current_piece().slot).is_last();
+        if (stays_in_tile) {
+            if (thread_in_warpgroup_now() == 0) shared.barriers.next_rows.arrive();
+            shared.barriers.next_rows.wait(index % 2);
+            __syncwarp();
+            cutlass::arch::NamedBarrier::arrive(3 * 128, kRowsBarrier);
+            return;
+        }
         cutlass::arch::NamedBarrier::sync(3 * 128, kLastOutputsBarrier);
         bool const has_other_rows = !next.is_end() && !next.is_of_tile(current_piece());
         if (has_other_rows) {
@@ -299,17 +307,22 @@ private:
     // output warpgroups go the same way.
     __device__ void fold_log2_sum(Piece const& piece, QueryRow const& at, int row, float log2_sum) const {
         SegmentFold const fold(params, piece, kBlockM);
-        int const end_slot = fold.ends_tile ? FoldStep::kOut : fold.slot(fold.path.end_level);
-        *fold_step(params, kFoldLevels, row) = {{0.f, 0.f}, end_slot, fold.path.folds};
+        bool const ends_tile = fold.path.ends_tile();
+        int const end_slot = ends_tile ? FoldSteps::kOut : fold.end_slot();
+        FoldSteps& steps = shared.fold_steps;
+        if (row == 0) {
+            steps.folds = fold.path.folds | (fold.is_last_of_worker() ? 0 : FoldSteps::kStays);
+            for (int level = 0; level < kFoldLevels; ++level) steps.slot[level] = fold.waiting_slot(level);
+            steps.slot[kFoldLevels] = end_slot;
+        }
 #pragma unroll 1
         for (int level = 0; level < kFoldLevels; ++level) {
             if (!fold.path.folds_at(level)) continue;
-            float folded = load_scratch(slot_log2_sum(params, fold.slot(level), row));
-            FoldWeights const weights = fold_log2_sums(folded, log2_sum);
-            *fold_step(params, level, row) = {weights, fold.slot(level), 0};
+            float folded = load_scratch(slot_log2_sum(params, fold.waiting_slot(level), row));
+            steps.folded_weight[level][row] = fold_log2_sums(folded, log2_sum).folded;
             log2_sum = folded;
         }
-        if (!fold.ends_tile) {
+        if (!ends_tile) {
             *slot_log2_sum(params, end_slot, row) = log2_sum;
         } else if (at.exists) {
             params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum);

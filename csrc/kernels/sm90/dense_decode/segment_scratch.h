@@ -1,41 +1,33 @@
-// Where the dense decode keeps what it folds (segments.h): outputs as rows of 512, and their log2-sum-exp2. Each value
-// is read by the thread that wrote it. The scores warpgroup also leaves here, under the barriers of the row sums, what
-// the output warpgroups are to do: registers are too dear there to find out themselves.
+// Where the dense decode keeps what it folds (segments.h): outputs as vectors, and the log2-sum-exp2 of their rows.
+// Each value is read by the thread that wrote it. What there is to do the scores warpgroup finds out: registers are too
+// dear in the others.
 #pragma once
 
 #include "kernels/sm90/primitives/fold.h"
+#include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
 
 namespace flash_mla::sm90 {
 
-__device__ inline float* slot_outputs(DenseDecodeParams const& params, int slot, int row) {
-    return params.out_partial + (int64_t(slot) * kBlockM + row) * kHeadDimV;
+// The first vector that this lane has of 8 rows; those of 16 more columns follow.
+__device__ inline float4* slot_vectors(DenseDecodeParams const& params, int slot, int row, int first_column) {
+    int const vector = (slot * (kBlockM / kVectorRows) + row / kVectorRows) * (kHeadDimV / kVectorColumns);
+    return reinterpret_cast<float4*>(params.out_partial) + (vector + first_column / kVectorColumns) * 32 +
+           thread_in_warpgroup_now() % 32;
 }
 __device__ inline float* slot_log2_sum(DenseDecodeParams const& params, int slot, int row) {
     return params.lse_partial + (slot * kBlockM + row);
 }
 
-// Of a row: fold what is in the slot with what there is so far. One per level, and one more for the end of the way.
-struct alignas(16) FoldStep {
+// What the scores warpgroup leaves to the output warpgroups, with the row sums: what to fold the outputs with.
+struct FoldSteps {
     static constexpr int kOut = -1;
+    static constexpr int kStays = 1 << kFoldLevels;
 
-    FoldWeights weights;  // none at the end
-    int slot;             // at the end: where the result goes, or kOut
-    int folds;            // at the end: the levels to fold at, a bit each
+    int folds;                  // the levels to fold at, a bit each, and kStays: the next segment is of the same tile
+    int slot[kFoldLevels + 1];  // by level; the last one is where the result goes, or kOut
+    float folded_weight[kFoldLevels][kBlockM];
 };
-static_assert(sizeof(FoldStep) == kFoldStepFloats * sizeof(float));
-
-__device__ inline FoldStep* fold_step(DenseDecodeParams const& params, int level, int row) {
-    int const cta = worker_now() * params.grid.num_lanes + lane_now();
-    return reinterpret_cast<FoldStep*>(params.fold_steps) + ((cta * (kFoldLevels + 1) + level) * kBlockM + row);
-}
-__device__ inline FoldStep load_fold_step(DenseDecodeParams const& params, int level, int row) {
-    FoldStep step;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=f"(step.weights.folded), "=f"(step.weights.next), "=r"(step.slot), "=r"(step.folds)
-                 : "l"(fold_step(params, level, row))
-                 : "memory");
-    return step;
-}
+struct NoFoldSteps {};
 
 }  // namespace flash_mla::sm90

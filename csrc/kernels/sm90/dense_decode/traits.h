@@ -7,6 +7,7 @@
 #include "kernels/sm90/dense_decode/load_cursor.h"
 #include "kernels/sm90/dense_decode/piece_queue.h"
 #include "kernels/sm90/dense_decode/q_map.h"
+#include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
 #include "params/dense_decode.h"
@@ -104,7 +105,9 @@ struct DenseDecodeTraits {
         LoadOrder order[kNumOrders];
         alignas(8) PieceQueue pieces;
         alignas(8) Barriers barriers;
+        std::conditional_t<kSummation == Summation::kBySegments, FoldSteps, NoFoldSteps> fold_steps;
     };
+    static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
 // Where a KV block is: blocks of a CTA are counted through, across pieces. All follows from the count: a division by a

@@ -11,6 +11,8 @@ namespace flash_mla::sm90 {
 // Of what has been folded so far and of what comes next.
 struct FoldWeights {
     float folded, next;
+
+    __device__ static FoldWeights of(float folded) { return {folded, __fsub_rn(1.f, folded)}; }
 };
 
 // log2_sum: that of what has been folded so far, and then that of both; -inf for no keys.
@@ -21,10 +23,10 @@ __device__ inline FoldWeights fold_log2_sums(float& log2_sum, float next) {
     float const power_folded = exp2_approx(__fsub_rn(log2_sum, largest));
     float const power_next = exp2_approx(__fsub_rn(next, largest));
     float const sum = __fadd_rn(power_folded, power_next);
-    if (is_empty) return {0.f, 0.f};
+    if (is_empty) return FoldWeights::of(0.f);
     log2_sum = __fadd_rn(log2_approx(sum), largest);
     float const inverse = reciprocal_approx(sum);  // of 1 to 2
-    return {__fmul_rn(power_folded, inverse), __fmul_rn(power_next, inverse)};
+    return FoldWeights::of(__fmul_rn(power_folded, inverse));
 }
 
 // What weighs nothing has no influence, whatever it is.
@@ -53,9 +55,12 @@ __device__ inline float load_scratch(float const* source) {
     asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(value) : "l"(source) : "memory");
     return value;
 }
-__device__ inline float2 load_scratch(float2 const* source) {
-    float2 value;
-    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "l"(source) : "memory");
+__device__ inline float4 load_scratch(float4 const* source) {
+    float4 value;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "l"(source)
+                 : "memory");
     return value;
 }
 

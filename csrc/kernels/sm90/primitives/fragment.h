@@ -31,6 +31,26 @@ __device__ T load_for_quad(T const& source) {
     return __shfl_sync(~0u, value, lane & ~3);
 }
 
+// The same of a word in shared memory, read anew where it is asked for.
+__device__ inline uint32_t word_for_quad_now(uint32_t shared_address) {
+    uint32_t value;
+    asm volatile(
+        "{\n"
+        ".reg .pred reads;\n"
+        ".reg .b32 lane;\n"
+        "mov.u32 lane, %%tid.x;\n"
+        "and.b32 lane, lane, 3;\n"
+        "setp.eq.u32 reads, lane, 0;\n"
+        "mov.u32 %0, 0;\n"
+        "@reads ld.volatile.shared.b32 %0, [%1];\n"
+        "shfl.sync.idx.b32 %0, %0, 0, 0x1c1f, 0xffffffff;\n"
+        "}\n"
+        : "=r"(value)
+        : "r"(shared_address)
+        : "memory");
+    return value;
+}
+
 // A flag in shared memory that the first lanes of the quads read, for all of the warp. Predicated, because a branch
 // made the compiler duplicate what follows.
 __device__ inline bool flag_for_warp(bool const& flag) {

@@ -13,8 +13,8 @@ __device__ inline int num_granules_now(WorkerGrid const& grid) {
     return num_granules;
 }
 
-// Runs through the segments in order, as PieceCursor does through pieces; the slot of a piece is the number of the
-// segment, or kWholeTile where it is the only one. Here too lengths are read here and now.
+// Runs through the segments in order, as PieceCursor does through pieces; the slot of a piece is a SegmentOfWorker, or
+// kWholeTile where the tile has no other. Here too lengths are read here and now.
 template <int kRowsPerTile, int kLanesInCluster>
 class SegmentCursor {
 public:
@@ -49,11 +49,13 @@ public:
             int const begin_place = index_ == 0 ? min(begin.z, kMaxSegments) : 0;
             int const end_place = index_ == num_pieces - 1 ? min(end.y, kMaxSegments) : kMaxSegments;
             int const num_granules = num_granules_now(grid);
-            int const segment = max(segment_, segment_at(begin_place, segment_bits, num_granules));
+            int const first_segment = segment_at(begin_place, segment_bits, num_granules);
+            int const end_segment = segment_at(end_place, segment_bits, num_granules);
+            int const segment = max(segment_, first_segment);
             piece.place = tile_place(grid, tile_, lane_now());
             int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
             bool const has_rows = (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
-            if (segment >= segment_at(end_place, segment_bits, num_granules) || !has_rows) {
+            if (segment >= end_segment || !has_rows) {
                 enter_next_tile(grid);
                 continue;
             }
@@ -61,7 +63,8 @@ public:
             piece.begin_block = segment_begin(segment, segment_bits, num_blocks);
             piece.end_block = segment_begin(segment + 1, segment_bits, num_blocks);
             piece.seqlen = seqlen;
-            piece.slot = segment_bits == 0 ? Piece::kWholeTile : segment;
+            piece.slot =
+                segment_bits == 0 ? Piece::kWholeTile : SegmentOfWorker{segment, first_segment, end_segment}.packed();
             segment_ = segment + 1;
             return true;
         }
@@ -86,28 +89,42 @@ using PiecesOf = std::conditional_t<kSummation == Summation::kBySegments, Segmen
 
 // A segment's way through the tree, and where in scratch the values on it wait.
 struct SegmentFold {
+    SegmentOfWorker segment;
     FoldPath path;
-    bool ends_tile;  // with its result: there are no other granules
-    int level_slot, granule_slot;
-    int last_level;  // that one's values wait in the slot of the granule
+    int segment_bits, num_granules;
+    int first_level_slot, first_granule_slot;
 
     __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, int rows_per_tile) {
         WorkerGrid const& grid = params.grid;
-        int const num_granules = num_granules_now(grid), num_levels = levels_in_granule(num_granules);
-        int const segment_bits = segment_bits_of(num_blocks_of(piece.seqlen), min_segment_blocks(rows_per_tile));
-        int const segment = piece.is_partial() ? piece.slot : 0;
-        int const granule = segment >> (segment_bits - granule_bits_of(num_granules, segment_bits));
-        int const lane = lane_now();
-        path = fold_path(segment, segment_bits, num_levels);
-        ends_tile = segment_bits == 0 || (num_granules == 1 && path.end_level == num_levels);
-        level_slot = (worker_now() * grid.num_lanes + lane) * levels_with_slots(num_granules);
-        granule_slot = flash_mla::granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv,
-                                               piece.place.m_tile, granule);
-        last_level = num_granules == 1 ? num_levels : num_levels - 1;
+        num_granules = num_granules_now(grid);
+        segment_bits = segment_bits_of(num_blocks_of(piece.seqlen), min_segment_blocks(rows_per_tile));
+        segment = piece.is_partial() ? SegmentOfWorker::unpacked(piece.slot) : SegmentOfWorker{0, 0, 1};
+        path = fold_path(segment, segment_bits);
+        first_level_slot = (worker_now() * grid.num_lanes + lane_now()) * levels_with_slots(num_granules);
+        first_granule_slot =
+            granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv, piece.place.m_tile, 0);
     }
 
-    __device__ bool waits_in_granule_slot(int level) const { return level >= last_level; }
-    __device__ int slot(int level) const { return waits_in_granule_slot(level) ? granule_slot : level_slot + level; }
+    __device__ bool is_last_of_worker() const { return segment.is_last(); }
+    // Of what has been folded at a level from a segment on.
+    __device__ int slot(int level, int first) const {
+        bool const is_within_granule = num_granules == 1 || level + 1 < levels_in_granule(num_granules);
+        return is_within_granule
+                   ? first_level_slot + level
+                   : first_granule_slot + (first >> (segment_bits - granule_bits_of(num_granules, segment_bits)));
+    }
+    // First segment of the chain of a level.
+    __device__ int chain(int level) const {
+        int const bits = member_bits(level + 1, segment_bits);
+        return segment.index >> bits << bits;
+    }
+    // Whether the begin of that chain waits there, from members before that of this segment.
+    __device__ bool has_waiting(int level) const {
+        int const member_begin = segment.index >> member_bits(level, segment_bits) << member_bits(level, segment_bits);
+        return chain(level) < member_begin && chain(level) >= segment.begin;
+    }
+    __device__ int waiting_slot(int level) const { return slot(level, chain(level)); }
+    __device__ int end_slot() const { return slot(path.end_level, path.first); }
 };
 
 }  // namespace flash_mla::sm90

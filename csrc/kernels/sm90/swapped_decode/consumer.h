@@ -1,10 +1,10 @@
-// The two consumer warpgroups: scores, softmax, output, and merging what the CTAs of a cluster have.
+// The two consumer warpgroups: scores, softmax and output of a piece. What becomes of it: merge.h, or fold_segments.h
+// where bits do not depend on the batch.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
 #include <cutlass/arch/barrier.h>
 
-#include "kernels/sm90/primitives/cluster.h"
 #include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -31,42 +31,11 @@ struct SwappedConsumer {
     SharedStorage& shared;
     int group, thread;  // thread of the group
     int rank;           // of the CTA in its cluster
-    uint32_t block_count = 0, piece_count = 0;
+    uint32_t block_count = 0;
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
 
-    __device__ void run() {
-        typename Traits::Pieces pieces(params);
-        Piece piece;
-        bool has_piece = next_with_keys(pieces, piece);
-        if (!has_piece) return;
-        clear_statistics();
-        load_q(piece);
-        cute::cluster_wait();
-        while (has_piece) {
-            Outputs outputs;
-            int const num_active = add_blocks(piece, outputs);
-            share_statistics();
-            send(outputs, num_active);
-            // While results are on their way.
-            Piece following;
-            has_piece = next_with_keys(pieces, following);
-            if (Traits::kHasRoomForBoth && has_piece) load_q(following);
-            merge(piece, num_active);
-            if (has_piece) {
-                sync_consumers();
-                if (Traits::kHasRoomForBoth) {
-                    allow_sending();
-                } else {
-                    load_q(following);
-                }
-            }
-            piece = following;
-            ++piece_count;
-        }
-    }
-
-private:
+protected:
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
     __device__ int num_ctas() const { return params.grid.split_ctas; }
@@ -94,21 +63,17 @@ private:
         return false;
     }
 
-    // Returns how many CTAs of the cluster have blocks of the piece.
-    __device__ int add_blocks(Piece const& piece, Outputs& outputs) {
-        BlockRange const blocks(piece, rank, num_ctas());
-        if (group == 0 && thread == 0 && !is_alone()) expect_results(blocks.num_active);
+    // What this CTA has of a piece. Query rows are on their way, or were there for the piece before.
+    __device__ void add_blocks(Piece const& piece, BlockRange const& blocks, bool are_rows_new, Outputs& outputs) {
         cute::clear(outputs);
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
-        wait_for_q();
+        if (are_rows_new) wait_for_q();
 #pragma unroll 1
         for (int block = blocks.begin; block < blocks.end; ++block) {
             add_block(piece, block, outputs, block == blocks.begin);
             ++block_count;
         }
-        if (!Traits::kHasRoomForBoth) sync_consumers();
-        return blocks.num_active;
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
@@ -370,28 +335,9 @@ private:
         warpgroup_fence_operand(outputs);
     }
 
-    // Chunk c of the output is merged by CTA c % num_ctas().
-    __device__ int num_own_chunks() const { return (Traits::kLatentChunks - 1 - rank) / num_ctas() + 1; }
-
-    // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
-    __device__ void allow_sending() const {
-        if (!is_alone() && group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
-    }
-
-    __device__ void expect_results(int num_active) const {
-        int const bytes_per_cta = num_own_chunks() * Traits::kVectorsPerChunk * sizeof(float4);
-        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float2));
-    }
-
-    // What CTAs that do not exist have seen: no key.
-    __device__ void clear_statistics() const {
-        int const i = group * 128 + thread;
-        if (i >= num_ctas() * kRows && i < kMaxSplitCtas * kRows)
-            shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
-    }
-
     // Reference and sum of each row, as far as this CTA has seen its keys, to shared memory.
-    __device__ void share_statistics() {
+    template <typename BeforeBarrier>
+    __device__ void share_statistics(BeforeBarrier const& before_barrier) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
@@ -400,7 +346,7 @@ private:
             if (lane() < 4) shared.row_sum[warp()][own_row(i)] = row_sum[i];
             if (thread < 4) shared.reference[own_row(i)] = reference[i];
         }
-        if (!Traits::kHasRoomForBoth) allow_sending();
+        before_barrier();
         sync_consumers();
     }
     __device__ float2 statistics(int row) const {
@@ -413,203 +359,6 @@ private:
         auto const at = [&](int c, int h) { return outputs(cute::make_coord(c, h, tile), chunk_of_group, 0); };
         return {at(0, 0), at(1, 0), at(0, 1), at(1, 1)};
     }
-    __device__ float4& received_from(int sender, int own_chunk, int tile) const {
-        int const slot = own_chunk * num_ctas() + sender;
-        return shared.received[slot * Traits::kVectorsPerChunk + tile * 128 + thread];
-    }
-
-    // What this CTA has of the output, and the statistics of its rows, to where they are merged.
-    __device__ void send(Outputs const& outputs, int num_active) const {
-        if (!is_alone()) return send_to_cluster(outputs, num_active);
-        if (int const row = group * 128 + thread; row < kRows) shared.received_statistics[0][row] = statistics(row);
-#pragma unroll
-        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-#pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile)
-                received_from(0, group * Traits::kChunksPerGroup + m, tile) = fragment_of(outputs, m, tile);
-        }
-    }
-
-    __device__ void send_to_cluster(Outputs const& outputs, int num_active) const {
-        shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
-        uint32_t const barrier = shared_address(shared.barriers.received);
-#pragma unroll 1
-        for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
-            int const row = i % kRows, target = i / kRows;
-            store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target), statistics(row),
-                         remote_address(barrier, target));
-        }
-        if (rank >= num_active) return;
-#pragma unroll
-        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-            int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
-            int const target = chunk - own_chunk * num_ctas();
-            uint32_t const remote = remote_address(shared_address(received_from(rank, own_chunk, 0)), target);
-            uint32_t const remote_barrier = remote_address(barrier, target);
-#pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile)
-                store_remote(remote + tile * 128 * sizeof(float4), fragment_of(outputs, m, tile), remote_barrier);
-        }
-    }
-
-    // Weight of what each CTA has of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
-    __device__ float weigh() const {
-        static_assert(kMaxSplitCtas * kRows <= Traits::kConsumerThreads);
-        int const row = thread % kRows, sender = (group * 128 + thread) / kRows;
-        if (sender >= kMaxSplitCtas) return 0.f;
-        float2 from[kMaxSplitCtas];
-#pragma unroll
-        for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
-        float largest = kMinusInfinity, total = 0.f;
-#pragma unroll
-        for (float2 const& each : from) largest = fmaxf(largest, each.x);
-        float const offset = largest == kMinusInfinity ? 0.f : largest;
-#pragma unroll
-        for (float2 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
-        float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
-        shared.weight[sender][row] = exp2_approx(shared.received_statistics[sender][row].x - offset) * inverse;
-        return total == 0.f ? kMinusInfinity : log2f(total) + largest;
-    }
-
-    // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
-    __device__ void merge(Piece const& piece, int num_active) const {
-        if (is_alone()) {
-            sync_consumers();
-        } else {
-            shared.barriers.received.wait(piece_count % 2);
-        }
-        float const lse_log2 = weigh();
-        if constexpr (Traits::kSummation == Summation::kBySegments) {
-            if (piece.is_partial()) return fold_segment(piece, num_active, lse_log2);
-        }
-        sync_consumers();
-#pragma unroll 1
-        for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
-            float sum[4] = {};
-            add_from_senders(i, num_active, sum);
-            store(piece, i / kRowTiles * num_ctas() + rank, i % kRowTiles, sum);
-        }
-        if (int const row = group * 128 + thread; rank == 0 && row < kRows) store_lse(piece, row, lse_log2);
-    }
-
-    // The i-th tile of 8 rows and 64 columns of those that this CTA merges.
-    __device__ void add_from_senders(int i, int num_active, float (&sum)[4]) const {
-        int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
-        float4 const* part = &received_from(0, own_chunk, tile);
-        float const* weight = &shared.weight[0][fragment_column(thread, tile)];
-#pragma unroll 4
-        for (int sender = 0; sender < num_active; ++sender) {
-            float4 const x = *part;
-            float2 const w = *reinterpret_cast<float2 const*>(weight);
-            add_weighted(sum[0], x.x, w.x);
-            add_weighted(sum[1], x.y, w.y);
-            add_weighted(sum[2], x.z, w.x);
-            add_weighted(sum[3], x.w, w.y);
-            part += Traits::kVectorsPerChunk, weight += kRows;
-        }
-    }
-
-    // What the cluster has of a segment, on its way through the tree (segments.h). Each CTA folds its chunks, and for
-    // itself the statistics of all rows.
-    __device__ void fold_segment(Piece const& piece, int num_active, float log2_sum) const {
-        SegmentFold const fold(params, piece, kRows);
-        if (int const row = group * 128 + thread; row < kRows) fold_log2_sum(piece, fold, row, log2_sum);
-        sync_consumers();
-        constexpr int kAtOnce = 4;  // tiles: their loads run side by side
-        int const num_tiles = num_own_chunks() * kRowTiles;
-#pragma unroll 1
-        for (int first = group; first < num_tiles; first += kAtOnce * Traits::kNumGroups) {
-            float value[kAtOnce][4] = {};
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                int const at = first + i * Traits::kNumGroups;
-                if (at < num_tiles) add_from_senders(at, num_active, value[i]);
-            }
-#pragma unroll 1
-            for (int level = 0; level < kFoldLevels; ++level) {
-                if (!fold.path.folds_at(level)) continue;
-                float folded[kAtOnce][4] = {};
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    int const at = first + i * Traits::kNumGroups;
-                    for_each_in_slot(piece, fold.slot(level), at, num_tiles,
-                                     [&](int k, float* place) { folded[i][k] = load_scratch(place); });
-                }
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    int const at = first + i * Traits::kNumGroups;
-                    FoldWeights const* weights = &shared.fold_weights[level][fragment_column(thread, at % kRowTiles)];
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) value[i][k] = fold_outputs(folded[i][k], value[i][k], weights[k % 2]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                int const at = first + i * Traits::kNumGroups;
-                if (!fold.ends_tile) {
-                    for_each_in_slot(piece, fold.slot(fold.path.end_level), at, num_tiles,
-                                     [&](int k, float* place) { *place = value[i][k]; });
-                } else if (at < num_tiles) {
-                    store_rows(piece, at / kRowTiles * num_ctas() + rank, at % kRowTiles, value[i]);
-                }
-            }
-        }
-    }
-
-    // By the thread that has the row in every segment.
-    __device__ void fold_log2_sum(Piece const& piece, SegmentFold const& fold, int row, float log2_sum) const {
-#pragma unroll 1
-        for (int level = 0; level < kFoldLevels; ++level) {
-            if (!fold.path.folds_at(level)) continue;
-            float folded = shared.waiting_log2_sum[level][row];
-            shared.fold_weights[level][row] = fold_log2_sums(folded, log2_sum);
-            log2_sum = folded;
-        }
-        int const end_level = fold.path.end_level;
-        if (end_level < kFoldLevels) shared.waiting_log2_sum[end_level][row] = log2_sum;
-        if (rank != 0) return;
-        if (fold.ends_tile) {
-            QueryRow const at = query_row_of(piece, row);
-            if (at.exists) params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum);
-        } else if (fold.waits_in_granule_slot(end_level)) {
-            params.lse_partial[fold.granule_slot * kRows + row] = log2_sum;
-        }
-    }
-
-    // The elements of a tile that this thread has, for rows that exist, in a slot of rows of 512.
-    template <typename Function>
-    __device__ void for_each_in_slot(Piece const& piece, int slot, int i, int num_tiles, Function&& function) const {
-        if (i >= num_tiles) return;
-        int const first_column = (i / kRowTiles * num_ctas() + rank) * Traits::kChunkColumns;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            int const row = fragment_column(thread, i % kRowTiles) + k % 2;
-            if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
-            function(k, params.out_partial + (int64_t(slot) * kRows + row) * kHeadDimV + first_column +
-                            fragment_row(thread, k / 2));
-        }
-    }
-
-    // A row that saw no key is 0, whatever the values of the keys it did not see.
-    __device__ static void add_weighted(float& sum, float part, float weight) {
-        sum = weight == 0.f ? sum : fmaf(part, weight, sum);
-    }
-
-    __device__ void store(Piece const& piece, int chunk, int tile, float const (&sum)[4]) const {
-        int const first_column = chunk * Traits::kChunkColumns;
-        if (piece.is_partial()) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int const row = fragment_column(thread, tile) + i % 2;
-                if (piece.place.m_tile * kRows + row >= params.rows_per_head_kv) continue;
-                params.out_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows) * kHeadDimV +
-                                   first_column + fragment_row(thread, i / 2)] = sum[i];
-            }
-            return;
-        }
-        store_rows(piece, chunk, tile, sum);
-    }
-
     __device__ void store_rows(Piece const& piece, int chunk, int tile, float const (&sum)[4]) const {
         int const first_column = chunk * Traits::kChunkColumns;
         int const row = 8 * tile + lane() / 4;

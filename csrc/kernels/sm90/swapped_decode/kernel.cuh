@@ -30,8 +30,8 @@
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
 // clang-format on
-// Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment, and what a CTA has merged of it
-// is folded with what waits in scratch (segments.h).
+// Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment and a CTA is alone: it folds what
+// it has of a tile as it goes (segments.h).
 //
 // Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
 // that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
@@ -46,7 +46,8 @@
 #pragma once
 
 #include "kernels/sm90/primitives/dependent_launch.h"
-#include "kernels/sm90/swapped_decode/consumer.h"
+#include "kernels/sm90/swapped_decode/fold_segments.h"
+#include "kernels/sm90/swapped_decode/merge.h"
 #include "kernels/sm90/swapped_decode/producer.h"
 
 namespace flash_mla::sm90 {
@@ -85,7 +86,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         __syncwarp();
         cute::cluster_wait();
     } else {
-        SwappedConsumer<Traits>{params, shared, group, int(threadIdx.x % 128), rank}.run();
+        using Consumer = std::conditional_t<Traits::kSummation == Summation::kBySegments, FoldingConsumer<Traits>,
+                                            MergingConsumer<Traits>>;
+        Consumer consumer{{params, shared, group, int(threadIdx.x % 128), rank}};
+        consumer.run();
     }
     // A CTA waits for all that is sent to it, so none is sent anything after its end.
 }

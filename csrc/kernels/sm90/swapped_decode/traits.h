@@ -4,7 +4,6 @@
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
-#include "kernels/sm90/primitives/fold.h"
 #include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/pipeline.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
@@ -82,7 +81,7 @@ struct SwappedDecodeTraits {
         };
     };
 
-    struct StorageOfPieces : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
+    struct SharedStorage : std::conditional_t<kHasRoomForBoth, QueryAndReceived, QueryOrReceived> {
         alignas(1024) Element block[kNumStages][kLatentChunks + 1][kChunkElements];  // the last chunk is RoPE
         alignas(1024) Element p[kRows * kPageSize];
         float4 exchanged[kNumGroups][kOwnRowTiles][128];
@@ -96,13 +95,6 @@ struct SwappedDecodeTraits {
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
     };
-    // By levels of the tree of segments (segments.h): log2-sum-exp2 of what waits there, and its weight and that of
-    // what comes where both are folded.
-    struct StorageOfSegments : StorageOfPieces {
-        float waiting_log2_sum[kFoldLevels][kRows];
-        FoldWeights fold_weights[kFoldLevels][kRows];
-    };
-    using SharedStorage = std::conditional_t<kSummation == Summation::kBySegments, StorageOfSegments, StorageOfPieces>;
     static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
