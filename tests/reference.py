@@ -12,6 +12,14 @@ OUT_ATOL, OUT_RTOL = 8e-4, 2.01 / 128
 LSE_ATOL, LSE_RTOL = 1e-6, 8.01 / 65536
 # Of out as one vector: 1 - 2 <actual, expected> / (|actual|^2 + |expected|^2).
 MAX_COSINE_DIFFERENCE = 5e-6
+# Of a few rows in bf16: where one key has most of the weight, rounding its probability alone, by up to 2^-8, makes up
+# to 2^-17, and rounding out up to 2e-6. Over more rows this averages out.
+MAX_COSINE_DIFFERENCE_OF_FEW_ROWS, FEW_ROWS = 2**-17 + 2e-6, 16
+
+
+def max_cosine_difference(out: Tensor) -> float:
+    is_coarse = out.dtype == torch.bfloat16 and out.numel() < FEW_ROWS * HEAD_DIM_V
+    return MAX_COSINE_DIFFERENCE_OF_FEW_ROWS if is_coarse else MAX_COSINE_DIFFERENCE
 
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:
@@ -50,9 +58,8 @@ def assert_close(actual_out: Tensor, actual_lse: Tensor, expected_out: Tensor, e
     actual = actual_out.double()
     squares = actual.square().sum() + expected_out.square().sum()
     difference = float((actual - expected_out).square().sum() / squares.clamp(min=1e-12))
-    assert difference <= MAX_COSINE_DIFFERENCE, (
-        f"the cosine difference of out is {difference:.3g}, allowed are {MAX_COSINE_DIFFERENCE}"
-    )
+    allowed = max_cosine_difference(actual_out)
+    assert difference <= allowed, f"the cosine difference of out is {difference:.3g}, allowed are {allowed:.3g}"
 
 
 def _assert_within(name: str, actual: Tensor, expected: Tensor, atol: float, rtol: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 from plans import plan_for_few_workers
 from reference import assert_close, reference
-from segments import fold_by_workers, num_blocks_of, walk
+from segments import combines_by_cta, fold_by_workers, num_blocks_of, walk
 from torch import Tensor
 
 import flash_mla  # noqa: F401
@@ -245,22 +245,41 @@ INVARIANT_CASES = [
         for num_granules, num_workers, num_blocks, more_blocks in (
             (128, 2, 259, 70),
             (16, 2, 131, 16),
-            (4, 4, 67, 22),
-            (1, 2, 67, 10),
+            (4, 4, 131, 22),
+            (1, 2, 131, 10),
         )
     ),
     *(
         SanitizedCase(
             f"invariant, swapped, 32 rows, causal, at most {num_granules} granules",
-            [64 * 259 + 1, 64 * more_blocks, 70],
+            [64 * 259 + 1, 64 * more_blocks, 70, 0, 0],  # with 128 granules too many for a CTA each to combine them
             num_workers=2,
             num_granules=num_granules,
             shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
         )
         for num_granules, more_blocks in ((128, 78), (16, 42), (4, 24), (1, 10))
     ),
-    # A CTA has one segment of the long tile: racecheck can follow this.
-    SanitizedCase("invariant, swapped, no more blocks than stages", [64 * 64 - 3, 100], num_granules=128),
+    *(
+        SanitizedCase(
+            f"invariant, swapped, short tile that is cut, at most {num_granules} granules",
+            [64 * 70],
+            num_workers=3,
+            num_granules=num_granules,
+        )
+        for num_granules in (128, 16)
+    ),
+    SanitizedCase("invariant, swapped, a segment per worker", [64 * 512 - 3, 100], num_granules=128),
+    # One tile, combined by CTAs.
+    *(
+        SanitizedCase(
+            f"invariant, one tile, {num_workers} workers",
+            [64 * 515 - 3],
+            num_workers=num_workers,
+            num_granules=128,
+            shape={"num_heads_q": 64},
+        )
+        for num_workers in (2, 3)
+    ),
 ]
 ALL_CASES = [*CASES, *INVARIANT_CASES]
 
@@ -273,15 +292,27 @@ def _invariant_ways(kernel: str, num_granules: int) -> set[str]:
         ways.add(f"combine at level {level}")
         if level > 0:
             ways.add(f"several members of level {level} at once")
-    has_registers = kernel == "swapped, 16 rows"
-    if has_registers:
-        ways.add("fold with the registers")
-    if num_granules == 1 or (num_granules == 4 and not has_registers):
+    has_room = kernel == "swapped, 16 rows"
+    if has_room:
+        ways |= {"fold with the registers", "fold with the shared memory"}
+    # A worker ends at the level of the registers where granules are smaller than chains of it: the innermost ones, or
+    # the middle ones where a tile has up to 16 segments.
+    if has_room and num_granules == 128:
+        ways.add("shared memory of level 1 left to the combine")
+    if has_room and num_granules >= 16:
+        ways.add("shared memory of level 2 left to the combine")
+    if num_granules == 1 or (num_granules == 4 and not has_room):
         ways.add("fold with the slot of a level")
     if num_granules > 1:
         ways.add("fold with the slot of a granule")
-    # The combine is the same for all: in the others it takes very long tiles.
-    if has_registers and num_granules == 128:
+    return ways
+
+
+def _combine_ways(kernel: str, how: str) -> set[str]:
+    ways = {f"combine at level {level}" for level in range(schedule.FOLD_LEVELS)}
+    ways |= {f"several members of level {level} at once" for level in range(1, schedule.FOLD_LEVELS)}
+    # For a warp of a CTA a chain has so many in tiles of 128 segments, in the dense kernel very long ones.
+    if kernel == "swapped" or how == "by warps":
         ways.add("more values than loads at once")
     return ways
 
@@ -291,6 +322,11 @@ INVARIANT_ROUTES = {
     for kernel in ("dense", "swapped, 16 rows", "swapped, 32 rows")
     for num_granules in schedule.NUM_GRANULES
     for way in _invariant_ways(kernel, num_granules)
+} | {
+    f"{kernel}, {how}: {way}"
+    for kernel in ("dense", "swapped")
+    for how in ("by warps", "by a CTA")
+    for way in _combine_ways(kernel, how)
 }
 
 
@@ -304,9 +340,13 @@ def plan_rows(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) 
 def invariant_routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
     grid = case.grid(capacity)
     rows, lengths = plan_rows(case, grid, capacity), case.all_lengths(capacity)
-    _, ways = fold_by_workers(rows, lengths, grid, lambda segment: "", lambda folded, following: "")
-    kernel = f"swapped, {grid.rows_per_tile} rows" if grid.is_swapped else "dense"
-    return {f"{kernel}, at most {grid.num_granules} granules: {way}" for way in ways}
+    by_cta = combines_by_cta(grid, len(lengths), capacity.num_sms)
+    _, ways = fold_by_workers(rows, lengths, grid, lambda segment: "", lambda folded, following: "", by_cta)
+    of_combine = {way for way in ways if way.startswith("by ")}
+    kernel = "swapped" if grid.is_swapped else "dense"
+    with_rows = f"swapped, {grid.rows_per_tile} rows" if grid.is_swapped else "dense"
+    routes = {f"{with_rows}, at most {grid.num_granules} granules: {way}" for way in ways - of_combine}
+    return routes | {f"{kernel}, {way}" for way in of_combine}
 
 
 # The ways through a kernel. A tile is the query rows of one or several lanes, a piece what a worker has of it.

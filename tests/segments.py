@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Generic, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ from flash_mla.schedule import (
     segment_at,
 )
 
-# Values of an innermost chain, in granule_combine.cu.
+# Values that a warp loads, in granule_combine.cu.
 LOADS_AT_ONCE = 4
 
 Value = TypeVar("Value")
@@ -123,9 +123,14 @@ def member_sizes(num_segments: int) -> list[int]:
     return sizes
 
 
-def waits_in_registers(grid: WorkerGrid, level: int, num_segments: int) -> bool:
-    """As swapped_decode/fold_segments.h: the first level whose chains have several members."""
-    return grid.rows_per_tile <= 16 and member_sizes(num_segments)[level] == 1
+def room_at(grid: WorkerGrid, level: int, num_segments: int) -> str | None:
+    """Where a worker of 16 rows keeps begun chains: as FoldingConsumer::place_of. None: in a slot."""
+    sizes = member_sizes(num_segments)
+    if grid.rows_per_tile > 16:
+        return None
+    if sizes[level] == 1:
+        return "registers"
+    return "shared memory" if sizes[level - 1] == 1 else None
 
 
 def slot_of(grid: WorkerGrid, segment: Segment, level: int, first: int) -> tuple:
@@ -147,7 +152,7 @@ class Workers(Generic[Value]):
     def __init__(self, grid: WorkerGrid, fold: Callable[[Folded[Value], Folded[Value]], Folded[Value]]):
         self.grid, self.fold = grid, fold
         self.slots: Places[Value] = Places()
-        self.registers: Places[Value] = Places()
+        self.room: Places[Value] = Places()  # registers and shared memory, for one value each
         self.results: dict[Tile, Value] = {}
         self.ways: set[str] = set()
 
@@ -162,10 +167,9 @@ class Workers(Generic[Value]):
             return segment.index // sizes[level + 1] * sizes[level + 1]
 
         for level in path.folds:
-            in_registers = waits_in_registers(grid, level, segment.num_segments)
-            places = self.registers if in_registers else self.slots
-            place = ("registers", worker) if in_registers else slot_of(grid, segment, level, chain(level))
-            waiting = places.take(place, (tile, chain(level), value.first), worker)
+            room = room_at(grid, level, segment.num_segments)
+            place = (room, worker) if room else slot_of(grid, segment, level, chain(level))
+            waiting = (self.room if room else self.slots).take(place, (tile, chain(level), value.first), worker)
             value = self.fold(waiting, value)
             self.ways |= {f"fold at level {level}", f"fold with the {place[0]}"}
         if path.end_level == FOLD_LEVELS:
@@ -178,17 +182,29 @@ class Workers(Generic[Value]):
         level = path.end_level
         assert (value.first, value.end) == (path.first, segment.index + 1)
         is_begin = path.first == chain(level)
-        if waits_in_registers(grid, level, segment.num_segments) and is_begin and not is_last:
-            self.registers.put(("registers", worker), value, worker)
+        room = room_at(grid, level, segment.num_segments)
+        if room and is_begin and not is_last:
+            self.room.put((room, worker), value, worker)
         else:
             self.slots.put(slot_of(grid, segment, level, path.first), value, worker)
+
+        def has_waiting(level: int) -> bool:
+            return segment.begin <= chain(level) < segment.index // sizes[level] * sizes[level]
+
+        next_level = level + 1
+        if is_last and room == "registers" and next_level < FOLD_LEVELS and has_waiting(next_level):
+            # What waits in shared memory.
+            name = tile, chain(next_level), segment.index // sizes[next_level] * sizes[next_level]
+            waiting = self.room.take(("shared memory", worker), name, worker)
+            self.slots.put(slot_of(grid, segment, next_level, chain(next_level)), waiting, worker)
+            self.ways.add(f"shared memory of level {next_level} left to the combine")
         if is_last or not is_begin:
             self.ways.add(f"{'begin' if is_begin else 'member'} at level {level} left to the combine")
         for above in range(level + 1, FOLD_LEVELS):
-            if is_last and segment.begin <= chain(above) < segment.index // sizes[above] * sizes[above]:
+            if is_last and has_waiting(above):
                 self.ways.add(f"begin at level {above} left to the combine")
-        # What its registers hold is lost.
-        assert not is_last or ("registers", worker) not in self.registers.waiting
+        # What they hold is lost.
+        assert not is_last or not any((room, worker) in self.room.waiting for room in ("registers", "shared memory"))
 
 
 def cut_tiles(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> dict[Tile, set[int]]:
@@ -261,6 +277,13 @@ def run_of(chain: int, num_segments: int, cuts: AbstractSet[int]) -> Run:
     return Run(2, 0, last, begin, 1, 0)
 
 
+def combines_by_cta(grid: WorkerGrid, batch_size: int, num_sms: int) -> bool:
+    """As launch_for of granule_combine.cu chooses it."""
+    num_tiles = batch_size * grid.tiles_per_request
+    num_vectors = num_tiles * grid.num_lanes * grid.rows_per_tile * 512 // 128
+    return grid.num_workers > 8 * num_tiles and num_vectors <= 4 * num_sms
+
+
 def combine(
     tile: Tile,
     num_segments: int,
@@ -268,55 +291,64 @@ def combine(
     grid: WorkerGrid,
     slots: Places[Value],
     fold: Callable[[Folded[Value], Folded[Value]], Folded[Value]],
+    by_cta: bool,
 ) -> tuple[Folded[Value], set[str]]:
     """The result of a tile that is cut, as granule_combine_kernel makes it, and the ways that were taken."""
     size, radix, _ = radices_of(num_segments)
-    ways = set()
+    how = "by a CTA" if by_cta else "by warps"
+    ways: set[str] = set()
     runs = [run_of(chain, num_segments, cuts) for chain in range(num_segments // size)]
-    values: list[Folded[Value] | None] = []
     for run in runs:
-        member_size = size if run.level == 1 else size * radix
-        outer_begin = run.first_segment - run.first_member * member_size
-        ends = [outer_begin + (run.last_member + 1) * member_size]
-        if run.num_values > 1:
-            ends = [run.second_value_segment + i for i in range(run.num_values)]
-            ways.add("combine at level 0")
-            if run.num_values > LOADS_AT_ONCE:
-                ways.add("more values than loads at once")
-        loaded = [
-            slots.take(
-                granule_slot(grid, tile, run.segment_of(i), num_segments),
-                (tile, run.segment_of(i), ends[i]),
-            )
-            for i in range(run.num_values)
-        ]
-        values.append(functools.reduce(fold, loaded) if loaded else None)
-
-    chain_begin = tile_begin = None
-    for chain, (run, value) in enumerate(zip(runs, values, strict=True)):
-        if value is None:
-            continue
-        if run.last_member > run.first_member:
+        if run.num_values > 0 and run.last_member > run.first_member:
             ways.add(f"several members of level {run.level} at once")
-        is_first = run.first_member == 0
-        if run.level == 1:
-            if is_first:
-                chain_begin = value
-            else:
-                assert chain_begin is not None
-                chain_begin = fold(chain_begin, value)
-                ways.add("combine at level 1")
-            if run.last_member < radix - 1:
+    largest = max(run.num_values for run in runs) if by_cta else sum(run.num_values for run in runs)
+
+    def load(run: Run, value: int) -> Folded[Value]:
+        first = run.segment_of(value)
+        end = run.second_value_segment + value
+        if run.num_values == 1:
+            member_size = size if run.level == 1 else size * radix
+            end = run.first_segment + (run.last_member - run.first_member + 1) * member_size
+        return slots.take(granule_slot(grid, tile, first, num_segments), (tile, first, end))
+
+    def fold_at(level: int, folded: Folded[Value] | None, following: Folded[Value]) -> Folded[Value]:
+        if folded is None:
+            return following
+        ways.add(f"combine at level {level}")
+        return fold(folded, following)
+
+    def fold_chain(level: int, values: Iterable[Folded[Value]]) -> Folded[Value] | None:
+        folded = None
+        for value in values:
+            folded = fold_at(level, folded, value)
+        return folded
+
+    whole: Folded[Value] | None
+    if by_cta:
+        # A warp for each, then for each outer chain; these where one has a run.
+        values = [fold_chain(0, (load(run, i) for i in range(run.num_values))) for run in runs]
+        outer_chains = [
+            fold_chain(1, (value for value in values[i : i + radix] if value is not None))
+            for i in range(0, len(values), radix)
+        ]
+        assert outer_chains[0] is not None
+        whole = fold_chain(2, (value for value in outer_chains if value is not None))
+    else:
+        whole = outer_chain = None
+        for run in runs:
+            value = fold_chain(0, (load(run, i) for i in range(run.num_values)))
+            if value is None:
                 continue
-            is_first, value = chain < radix, chain_begin
-        if is_first:
-            tile_begin = value
-        else:
-            assert tile_begin is not None
-            tile_begin = fold(tile_begin, value)
-            ways.add("combine at level 2")
-    assert tile_begin is not None and tile_begin.name == (tile, 0, num_segments)
-    return tile_begin, ways
+            if run.level == 1:
+                value = outer_chain = fold_at(1, outer_chain if run.first_member > 0 else None, value)
+                if run.last_member < radix - 1:
+                    continue
+            whole = fold_at(2, whole, value)
+    assert whole is not None and whole.name == (tile, 0, num_segments)
+    ways |= {f"{how}: {way}" for way in ways}
+    if largest > LOADS_AT_ONCE:
+        ways.add(f"{how}: more values than loads at once")
+    return whole, ways
 
 
 def fold_by_workers(
@@ -325,8 +357,12 @@ def fold_by_workers(
     grid: WorkerGrid,
     value_of: Callable[[Segment], Value],
     fold: Callable[[Value, Value], Value],
+    by_cta: bool,
 ) -> tuple[dict[Tile, Value], set[str]]:
-    """The results of all tiles of a plan, through the registers and slots of workers and the combine.
+    """The results of all tiles of a plan, through what workers have room for, slots and the combine.
+
+    Args:
+        by_cta: how the combine folds, see combines_by_cta.
 
     Returns:
         Results by request and tile, and the ways that were taken.
@@ -345,8 +381,8 @@ def fold_by_workers(
     for tile, cuts in (cut_tiles(rows, lengths, grid) if grid.num_granules > 1 else {}).items():
         assert tile not in results
         num_segments = num_segments_of_tile(lengths[tile[0]], grid)
-        folded, ways_of_tile = combine(tile, num_segments, cuts, grid, workers.slots, fold_neighbours)
+        folded, ways_of_tile = combine(tile, num_segments, cuts, grid, workers.slots, fold_neighbours, by_cta)
         results[tile] = folded.value
         ways |= ways_of_tile
-    assert not workers.slots.waiting and not workers.registers.waiting
+    assert not workers.slots.waiting and not workers.room.waiting
     return results, ways

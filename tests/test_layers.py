@@ -160,7 +160,6 @@ def test_constants_are_the_same_on_host_and_device():
         "kSwappedMinSegment": schedule.SWAPPED_MIN_SEGMENT,
         "kSwappedMinSegmentOf32Rows": schedule.SWAPPED_MIN_SEGMENT_OF_32_ROWS,
         "kMaxScratchBytes": schedule.MAX_SCRATCH_BYTES,
-        "kFoldStepFloats": 4,
         "kVectorNumbers": 128,
         "kVectorRows": 8,
         "kVectorColumns": 16,

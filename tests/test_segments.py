@@ -221,6 +221,7 @@ RUN_PROGRAM = """
 #include <algorithm>
 #include <cstdio>
 #include "params/segments.h"
+#define __host__
 #define __device__
 using std::max, std::min;
 using namespace flash_mla;
@@ -347,14 +348,14 @@ def test_plan_for_other_lengths_covers_every_segment_once(planned, lengths, num_
     assert len(counts) == sum(num_segments_of_tile(length, grid) for length in lengths)
 
 
-def check_sums(rows: list[list[int]], lengths: list[int], grid: WorkerGrid) -> set[str]:
-    """All results are the trees. Returns the ways to them."""
-    results, ways = fold_by_workers(rows, lengths, grid, lambda s: str(s.index), in_order)
-    assert results.keys() == set(itertools.product(range(len(lengths)), range(grid.tiles_per_request)))
+def check_sums(rows: list[list[int]], lengths: list[int], grid: WorkerGrid) -> None:
+    """All results are the trees, whichever way they are combined."""
     trees = {segments: tree_of([str(i) for i in range(segments)], in_order) for segments in NUM_SEGMENTS}
-    for (batch, _), result in results.items():
-        assert result == trees[num_segments_of_tile(lengths[batch], grid)]
-    return ways
+    for by_cta in (False, True):
+        results, _ = fold_by_workers(rows, lengths, grid, lambda s: str(s.index), in_order, by_cta)
+        assert results.keys() == set(itertools.product(range(len(lengths)), range(grid.tiles_per_request)))
+        for (batch, _), result in results.items():
+            assert result == trees[num_segments_of_tile(lengths[batch], grid)]
 
 
 def grid_of(batch_size: int, num_rows: int, num_granules: int, num_workers: int) -> WorkerGrid:
@@ -460,7 +461,7 @@ def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granu
         return out, torch.logsumexp(own, 0) / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
     rows = divide_work(torch.tensor(lengths, dtype=torch.int32), grid, 7)[0].tolist()
-    results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials)
+    results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials, by_cta=False)
     out, log2_sum = results[0, 0]
     torch.testing.assert_close(out, scores.softmax(0) @ values)
     torch.testing.assert_close(log2_sum * torch.log(torch.tensor(2.0, dtype=torch.float64)), scores.logsumexp(0))
