@@ -137,7 +137,6 @@ struct Run {
             while (!cuts.any_in(0, (last_member + 2) * radix * size - 1)) ++last_member;
         }
     }
-    __device__ int segment_of(int value) const { return value == 0 ? first_segment : second_value_segment + value - 1; }
 };
 
 // What a lane has of a vector: 4 numbers, of one row or of two.
@@ -233,153 +232,116 @@ struct Item {
         }
         return value;
     }
-    __device__ LaneValue fold(Run const& run) const {
-        LaneValue folded{};
-#pragma unroll 1
-        for (int first = 0; first < run.num_values; first += kLoadsAtOnce) {
-            LaneValue loaded[kLoadsAtOnce];
-#pragma unroll
-            for (int i = 0; i < kLoadsAtOnce; ++i) {
-                if (first + i < run.num_values) loaded[i] = load(run.segment_of(first + i));
-            }
-#pragma unroll
-            for (int i = 0; i < kLoadsAtOnce; ++i) {
-                if (first + i >= run.num_values) continue;
-                if (first + i == 0) {
-                    folded = loaded[i];
-                } else {
-                    folded.fold(loaded[i]);
-                }
-            }
-        }
-        return folded;
-    }
 };
 
-// All runs of a vector, folded in order by a warp, of which each lane finds out about one.
+// What has been folded so far, if anything.
 template <bool kIsSwapped>
-struct Folding {
-    using LaneValue = Value<kIsSwapped>;
+struct Sum {
+    Value<kIsSwapped> value;
+    bool exists = false;
 
-    LaneValue run, outer_chain, whole;
-    bool has_whole = false;
-
-    __device__ void fold(Item<kIsSwapped> const& item) {
-        int const lane = threadIdx.x % kWarpSize, radix = item.radix(), num_chains = item.num_chains();
-        Run own_run{};
-        if (lane < num_chains) own_run = Run(lane, item.tile);
-        int const num_values = lane < num_chains ? own_run.num_values : 0;
-        int values_up_to_here = num_values;
-#pragma unroll
-        for (int distance = 1; distance < kMaxChains; distance *= 2) {
-            int const before = __shfl_up_sync(~0u, values_up_to_here, distance);
-            if (lane >= distance) values_up_to_here += before;
-        }
-        int const total = __shfl_sync(~0u, values_up_to_here, kMaxChains - 1);
-#pragma unroll 1
-        for (int first = 0; first < total; first += kLoadsAtOnce) {
-            LaneValue loaded[kLoadsAtOnce];
-            int chain_of[kLoadsAtOnce];
-#pragma unroll
-            for (int i = 0; i < kLoadsAtOnce; ++i) {
-                if (first + i >= total) continue;
-                int const chain = __ffs(__ballot_sync(~0u, values_up_to_here > first + i)) - 1;
-                int const value = first + i - __shfl_sync(~0u, values_up_to_here - num_values, chain);
-                int const begin = __shfl_sync(~0u, own_run.first_segment, chain);
-                int const second = __shfl_sync(~0u, own_run.second_value_segment, chain);
-                chain_of[i] = chain;
-                loaded[i] = item.load(value == 0 ? begin : second + value - 1);
-            }
-#pragma unroll
-            for (int i = 0; i < kLoadsAtOnce; ++i) {
-                if (first + i >= total) continue;
-                int const chain = chain_of[i], end = __shfl_sync(~0u, values_up_to_here, chain);
-                if (first + i == end - __shfl_sync(~0u, num_values, chain)) {
-                    run = loaded[i];
-                } else {
-                    run.fold(loaded[i]);
-                }
-                if (first + i == end - 1)
-                    end_run(__shfl_sync(~0u, own_run.level, chain), __shfl_sync(~0u, own_run.first_member, chain),
-                            __shfl_sync(~0u, own_run.last_member, chain), radix);
-            }
-        }
-    }
-
-private:
-    __device__ void end_run(int level, int first_member, int last_member, int radix) {
-        LaneValue value = run;
-        if (level == 1) {
-            if (first_member > 0) {
-                outer_chain.fold(value);
-                value = outer_chain;
-            }
-            outer_chain = value;
-            if (last_member < radix - 1) return;
-        }
-        if (has_whole) {
-            whole.fold(value);
+    __device__ void add(Value<kIsSwapped> const& next) {
+        if (exists) {
+            value.fold(next);
         } else {
-            whole = value;
+            value = next;
         }
-        has_whole = true;
+        exists = true;
     }
 };
 
-// The numbers of the chains that have a run, a bit each, of which each lane computes one.
-__device__ unsigned find_runs(CutTile const& tile, int num_chains, Run& run) {
+// Calls function(value, level, last_member) for the runs of a vector that begin in some chains, in order. By a
+// warp, of which each lane finds out about one chain.
+template <bool kIsSwapped, typename Function>
+__device__ void for_each_run(Item<kIsSwapped> const& item, int first_chain, int num_chains, Function const& function) {
     int const lane = threadIdx.x % kWarpSize;
-    run.num_values = 0;
-    if (lane < num_chains) run = Run(lane, tile);
-    return __ballot_sync(~0u, run.num_values > 0);
+    Run own_run{};
+    if (lane < num_chains) own_run = Run(first_chain + lane, item.tile);
+    int const num_values = own_run.num_values;
+    int values_up_to_here = num_values;
+#pragma unroll
+    for (int distance = 1; distance < kMaxChains; distance *= 2) {
+        int const before = __shfl_up_sync(~0u, values_up_to_here, distance);
+        if (lane >= distance) values_up_to_here += before;
+    }
+    int const total = __shfl_sync(~0u, values_up_to_here, kMaxChains - 1);
+    auto const chain_of = [&](int value) { return __ffs(__ballot_sync(~0u, values_up_to_here > value)) - 1; };
+    Value<kIsSwapped> run;
+#pragma unroll 1
+    for (int first = 0; first < total; first += kLoadsAtOnce) {
+        Value<kIsSwapped> loaded[kLoadsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kLoadsAtOnce; ++i) {
+            if (first + i >= total) continue;
+            int const chain = chain_of(first + i);
+            int const value = first + i - __shfl_sync(~0u, values_up_to_here - num_values, chain);
+            int const begin = __shfl_sync(~0u, own_run.first_segment, chain);
+            int const second = __shfl_sync(~0u, own_run.second_value_segment, chain);
+            loaded[i] = item.load(value == 0 ? begin : second + value - 1);
+        }
+#pragma unroll
+        for (int i = 0; i < kLoadsAtOnce; ++i) {
+            if (first + i >= total) continue;
+            int const chain = chain_of(first + i), end = __shfl_sync(~0u, values_up_to_here, chain);
+            if (first + i == end - __shfl_sync(~0u, num_values, chain)) {
+                run = loaded[i];
+            } else {
+                run.fold(loaded[i]);
+            }
+            if (first + i == end - 1)
+                function(run, __shfl_sync(~0u, own_run.level, chain), __shfl_sync(~0u, own_run.last_member, chain));
+        }
+    }
 }
-__device__ Run run_of_lane(Run const& run, int lane) {
-    Run result;
-    result.level = __shfl_sync(~0u, run.level, lane);
-    result.first_member = __shfl_sync(~0u, run.first_member, lane);
-    result.last_member = __shfl_sync(~0u, run.last_member, lane);
-    result.first_segment = __shfl_sync(~0u, run.first_segment, lane);
-    result.num_values = __shfl_sync(~0u, run.num_values, lane);
-    result.second_value_segment = __shfl_sync(~0u, run.second_value_segment, lane);
-    return result;
+
+// Folds all runs of a vector. By a warp.
+template <bool kIsSwapped>
+__device__ Value<kIsSwapped> fold_all(Item<kIsSwapped> const& item) {
+    int const radix = item.radix();
+    Sum<kIsSwapped> outer_chain, whole;
+    for_each_run(item, 0, item.num_chains(), [&](auto const& run, int level, int last_member) {
+        if (level == 2) return whole.add(run);
+        outer_chain.add(run);
+        if (last_member < radix - 1) return;
+        whole.add(outer_chain.value);
+        outer_chain.exists = false;
+    });
+    return whole.value;
 }
 
 // The same by a CTA, a warp per chain and then per chain of chains. The result is that of the first warp.
 template <bool kIsSwapped>
 __device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
-    using LaneValue = Value<kIsSwapped>;
-    __shared__ LaneValue values[kMaxChains][kWarpSize];
+    __shared__ Value<kIsSwapped> values[kMaxChains][kWarpSize];
+    __shared__ bool has_value[kMaxChains];
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     int const radix = item.radix(), num_chains = item.num_chains(), num_outer_chains = num_chains / radix;
-    Run own_run;
-    unsigned const chains = find_runs(item.tile, num_chains, own_run);
-    if (chains >> warp & 1) values[warp][lane] = item.fold(run_of_lane(own_run, warp));
+    bool has_run = false;
+    for_each_run(item, warp, warp < num_chains, [&](auto const& run, int, int) {
+        values[warp][lane] = run;
+        has_run = true;
+    });
+    if (lane == 0) has_value[warp] = has_run;
     __syncthreads();
     // Takes the place of that of the first chain.
     if (warp < num_outer_chains) {
-        bool has_value = false;
-        LaneValue folded{};
+        Sum<kIsSwapped> outer_chain;
         for (int chain = warp * radix; chain < (warp + 1) * radix; ++chain) {
-            if ((chains >> chain & 1) == 0) continue;
-            if (has_value) {
-                folded.fold(values[chain][lane]);
-            } else {
-                folded = values[chain][lane];
-            }
-            has_value = true;
+            if (has_value[chain]) outer_chain.add(values[chain][lane]);
         }
-        values[warp * radix][lane] = folded;
+        __syncwarp();
+        values[warp * radix][lane] = outer_chain.value;
+        if (lane == 0) has_value[warp * radix] = outer_chain.exists;
     }
     __syncthreads();
-    LaneValue whole{};
+    Sum<kIsSwapped> whole;
     if (warp == 0) {
-        whole = values[0][lane];
-        for (int outer = 1; outer < num_outer_chains; ++outer) {
-            if ((chains >> outer * radix & ((1u << radix) - 1)) != 0) whole.fold(values[outer * radix][lane]);
+        for (int outer = 0; outer < num_outer_chains; ++outer) {
+            if (has_value[outer * radix]) whole.add(values[outer * radix][lane]);
         }
     }
     __syncthreads();
-    return whole;
+    return whole.value;
 }
 
 template <bool kByCta>
@@ -406,14 +368,8 @@ __global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kIsSwapped, kByCt
          number += gridDim.x * num_warps) {
         Item<kIsSwapped> const item(params, cut_tiles, number);
         if (!item.has_rows()) continue;
-        if constexpr (kByCta) {
-            Value<kIsSwapped> const value = fold_all_by_cta(item);
-            if (warp == 0) store<Element>(params, item.tile.batch, item.place, item.at, value);
-        } else {
-            Folding<kIsSwapped> folding;
-            folding.fold(item);
-            store<Element>(params, item.tile.batch, item.place, item.at, folding.whole);
-        }
+        Value<kIsSwapped> const value = kByCta ? fold_all_by_cta(item) : fold_all(item);
+        if (!kByCta || warp == 0) store<Element>(params, item.tile.batch, item.place, item.at, value);
     }
 }
 

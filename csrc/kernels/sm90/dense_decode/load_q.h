@@ -98,9 +98,7 @@ private:
             for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
                 Element* const target =
                     chunk_place(shared, stage, chunk) + row * Traits::kChunkColumns + (vector ^ row % 8) * 8;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(cute::cast_smem_ptr_to_uint(target)),
-                             "l"(source + chunk * Traits::kChunkColumns)
-                             : "memory");
+                copy_16_bytes_async(cute::cast_smem_ptr_to_uint(target), source + chunk * Traits::kChunkColumns);
             }
         }
         cute::cp_async_fence();

@@ -130,7 +130,7 @@ private:
     __device__ static void fence_outputs(Outputs& outputs) { cute::warpgroup_fence_operand(outputs); }
 
     // Copies a later block to where a consumed one was. The stage of the last block of a piece is announced as
-    // consumed by scores, when query rows have passed through it, and so refilled later than others.
+    // consumed by scores, when query rows have passed through it, or after folding, and so refilled later than others.
     __device__ void refill(BlockPosition<Traits> const& consumed) const {
         if (own_thread() != 0 || !loader().copies_half(half())) return;
         loader().fill_half(consumed.later(Traits::kNumStages), half());
@@ -247,9 +247,7 @@ private:
 #pragma unroll
         for (int i = 0; i < kVectorsPerPart; ++i) {
             int const vector = part / 2 * kVectorsToNextRows + part % 2 * kVectorsPerPart + i;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(landing + place_of(part, i)),
-                         "l"(waiting + 32 * vector)
-                         : "memory");
+            copy_16_bytes_async(landing + place_of(part, i), waiting + 32 * vector);
         }
         cute::cp_async_fence();
     }

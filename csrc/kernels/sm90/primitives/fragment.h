@@ -96,6 +96,11 @@ __device__ inline void transpose_in_quad(uint32_t& word0, uint32_t& word1, uint3
     exchange(word1, word3, 2);
 }
 
+// Starts to copy 16 bytes to shared memory, past the L1.
+__device__ inline void copy_16_bytes_async(uint32_t shared_address, void const* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address), "l"(source) : "memory");
+}
+
 // Four 8×8 matrices of 16-bit elements from registers to shared memory; lane l gives the address of row l % 8 of matrix
 // l / 8. Predicated, not a branch: so it can stand between wgmma that belong together.
 __device__ inline void store_matrix_x4_if(bool condition, uint32_t shared_address, uint32_t const (&word)[4]) {

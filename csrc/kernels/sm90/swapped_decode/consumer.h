@@ -90,9 +90,7 @@ protected:
 #pragma unroll
             for (int vector = lane(); vector < kVectorsPerRow; vector += 32) {
                 uint32_t const offset = vector / 8 * kRows * 128 + ((vector ^ row) % 8) * 16;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target + offset),
-                             "l"(source + vector * 8)
-                             : "memory");
+                copy_16_bytes_async(target + offset, source + vector * 8);
             }
         }
         cute::cp_async_fence();

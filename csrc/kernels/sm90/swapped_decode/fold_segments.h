@@ -10,7 +10,7 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 struct FoldingConsumer : SwappedConsumer<Traits> {
     using Base = SwappedConsumer<Traits>;
-    using Base::group, Base::params, Base::rank, Base::shared, Base::thread;
+    using Base::group, Base::params, Base::shared, Base::thread;
     using Base::kMinusInfinity, Base::kRows, Base::kRowTiles;
     using typename Base::Outputs;
 
@@ -18,9 +18,10 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
     // tile in registers, and for the next one in shared memory.
     enum class Place { kRegisters, kShared, kSlot };
     static constexpr bool kHasRoom = kRows <= 16;
+    static constexpr int kRowsOfTile = 2;  // that a thread has outputs of, of a tile of 8 rows
 
     Outputs waiting;
-    float waiting_log2_sum[2][kRowTiles][2];
+    float waiting_log2_sum[2][kRowTiles][kRowsOfTile];  // of these, and of what is in shared memory
 
     __device__ void run() {
         typename Traits::Pieces pieces(params);
@@ -44,8 +45,6 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
     }
 
 private:
-    static constexpr int kRowsOfTile = 2;  // that a thread has outputs of, of a tile of 8 rows
-
     __device__ int row_of(int tile, int i) const { return fragment_column(thread, tile) + i; }
     // Calls function(i, m, h) for the outputs of a tile: of its i-th row, of a column in chunk m.
     template <typename Function>
