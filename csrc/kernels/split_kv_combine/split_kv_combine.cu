@@ -163,6 +163,10 @@ constexpr int num_row_groups_of(DenseDecodeParams const& params) {
     return ceil_div(params.rows_per_head_kv < rows_per_tile ? params.rows_per_head_kv : rows_per_tile, kBoxRows);
 }
 
+constexpr int num_parts_per_cta(int parts_at_once, bool shares_pieces) {
+    return shares_pieces ? 1 : kWarpsPerCta * parts_at_once;
+}
+
 // kPartsAtOnce: of a row, by a warp. Ways of their own, each no longer than it has to be, because their instructions
 // have to come from memory too.
 template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
@@ -170,8 +174,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
     static_assert(!kSharesPieces || kPartsAtOnce == 1);
     constexpr int kPiecesAtOnce = Numbers::kLoadsAtOnce / kPartsAtOnce;
-    constexpr int kPartsPerCta = kSharesPieces ? 1 : kWarpsPerCta * kPartsAtOnce;
-    constexpr int kPartGroups = kParts / kPartsPerCta;
+    constexpr int kPartGroups = kParts / num_parts_per_cta(kPartsAtOnce, kSharesPieces);
     extern __shared__ CutTile cut_tiles[];  // [num_workers]
     WorkerGrid const& grid = params.grid;
     // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     int const row_groups = num_row_groups_of(params);
     int const num_items = num_cuts * grid.num_lanes * row_groups * kPartGroups;
     for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int const first_part = item % kPartGroups * kPartsPerCta + (kSharesPieces ? 0 : warp * kPartsAtOnce);
+        int const first_part = item % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) + (kSharesPieces ? 0 : warp * kPartsAtOnce);
         int const row_group = item / kPartGroups % row_groups;
         int const lane_and_cut = item / kPartGroups / row_groups;
         int const tile_lane = lane_and_cut % grid.num_lanes;
@@ -248,24 +251,29 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     }
 }
 
-using Kernel = void (*)(DenseDecodeParams);
+struct Way {
+    void (*kernel)(DenseDecodeParams);
+    int parts_per_cta;
+};
+template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
+constexpr Way kWay = {split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kSharesPieces>,
+                      num_parts_per_cta(kPartsAtOnce, kSharesPieces)};
 
 // By what a plan is where lengths are equal; any of them merges any plan. Tiles in many pieces, so few of them that the
 // warps have nothing else to do; tiles in few pieces; and what is between.
 template <typename Element, typename Numbers>
-Kernel choose(DenseDecodeParams const& params, int num_sms) {
+Way choose(DenseDecodeParams const& params, int num_sms) {
     WorkerGrid const& grid = params.grid;
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
     int64_t const num_parts = num_tiles * grid.num_lanes * num_row_groups_of(params) * kParts;
     if (grid.num_workers > Numbers::kLoadsAtOnce * num_tiles && num_parts <= kCtasPerSm * num_sms)
-        return split_kv_combine_kernel<Element, Numbers, 1, true>;
-    if (grid.num_workers < (Numbers::kLoadsAtOnce / 2 + 1) * num_tiles)
-        return split_kv_combine_kernel<Element, Numbers, 2, false>;
-    return split_kv_combine_kernel<Element, Numbers, 1, false>;
+        return kWay<Element, Numbers, 1, true>;
+    if (grid.num_workers < (Numbers::kLoadsAtOnce / 2 + 1) * num_tiles) return kWay<Element, Numbers, 2, false>;
+    return kWay<Element, Numbers, 1, false>;
 }
 
 template <typename Element>
-Kernel choose_for(DenseDecodeParams const& params, int num_sms) {
+Way choose_for(DenseDecodeParams const& params, int num_sms) {
     return params.grid.is_swapped() ? choose<Element, FloatNumbers>(params, num_sms)
                                     : choose<Element, PackedNumbers>(params, num_sms);
 }
@@ -275,9 +283,12 @@ Kernel choose_for(DenseDecodeParams const& params, int num_sms) {
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms, ElementType type,
                                     cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
-    Kernel const kernel = type == ElementType::kBFloat16 ? choose_for<__nv_bfloat16>(params, num_sms)
-                                                         : choose_for<__half>(params, num_sms);
-    int64_t const most_items = int64_t(grid.num_workers) * grid.num_lanes * num_row_groups_of(params) * kParts;
+    Way const way = type == ElementType::kBFloat16 ? choose_for<__nv_bfloat16>(params, num_sms)
+                                                   : choose_for<__half>(params, num_sms);
+    // CTAs without work cost time too: no more tiles are cut than there are, or boundaries between workers.
+    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
+    int64_t const most_cuts = std::max<int64_t>(std::min<int64_t>(num_tiles, grid.num_workers - 1), 1);
+    int64_t const most_items = most_cuts * grid.num_lanes * num_row_groups_of(params) * kParts / way.parts_per_cta;
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm * num_sms)));
@@ -286,7 +297,7 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, params);
+    return cudaLaunchKernelEx(&config, way.kernel, params);
 }
 
 }  // namespace flash_mla
