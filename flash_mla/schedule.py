@@ -27,7 +27,10 @@ METADATA_COLUMNS = 8
 # The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 # are per CTA of a cluster.
 DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
-SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 2, 2
+DENSE_WHOLE_TILE_OF_FEW = 2
+SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 3, 2
+SWAPPED_SPLIT_OVERHEAD_OF_MORE = 4  # with tiles of 32 rows
+SEGMENTS_SPLIT_OVERHEAD = 2  # of its CTAs where bits do not depend on the batch
 
 # Where bits must not depend on the batch: see csrc/params/segments.h, which this follows.
 MAX_SEGMENTS = 128  # of a tile
@@ -126,6 +129,7 @@ def _swapped_grid_of(
     """Tiles of 16 or 32 rows, all of a request side by side, with clusters of a given size."""
     rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
     num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
+    overhead = SWAPPED_SPLIT_OVERHEAD if rows_per_tile == _FEW_ROWS else SWAPPED_SPLIT_OVERHEAD_OF_MORE
     return WorkerGrid(
         num_lanes=num_lanes,
         num_workers=capacity.num_clusters[split_ctas] // num_lanes,
@@ -133,7 +137,7 @@ def _swapped_grid_of(
         lane_groups=1,
         rows_per_tile=rows_per_tile,
         split_ctas=split_ctas,
-        split_overhead_blocks=SWAPPED_SPLIT_OVERHEAD * split_ctas,
+        split_overhead_blocks=overhead * split_ctas,
         min_blocks_per_split=SWAPPED_MIN_SPLIT * split_ctas,
     )
 
@@ -152,6 +156,14 @@ def swapped_grid(
     return _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
 
 
+def leaves_sms_idle(swapped: WorkerGrid, num_requests: int, num_sms: int) -> bool:
+    """Whether tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or
+    their requests cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be."""
+    has_more_rows = swapped.rows_per_tile > _FEW_ROWS and swapped.num_lanes == 1
+    fits_poorly = num_requests < num_sms and 3 * num_requests * swapped.split_ctas < 2 * num_sms
+    return has_more_rows and swapped.split_ctas < MAX_SPLIT_CTAS and fits_poorly
+
+
 def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity) -> WorkerGrid:
     """Choose the kernel and group the SMs into workers.
 
@@ -166,7 +178,9 @@ def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, c
     max_rows = MAX_SWAPPED_ROWS_OF_FEW if num_requests <= FEW_REQUESTS else MAX_SWAPPED_ROWS
     has_sms = capacity.num_sms >= -(-MAX_SWAPPED_ROWS_OF_FEW // MAX_SWAPPED_ROWS)
     if num_rows_per_head_kv <= max_rows and has_sms:
-        return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
+        grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
+        if not leaves_sms_idle(grid, num_requests, capacity.num_sms):
+            return grid
     return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
 
 
@@ -189,6 +203,7 @@ def invariant_grid(
     granules whose values there is room for."""
     if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
         grid = _swapped_grid_of(1, num_rows_per_head_kv, num_heads_kv, capacity)
+        grid = grid._replace(split_overhead_blocks=SEGMENTS_SPLIT_OVERHEAD)
     else:
         grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
     for num_granules in NUM_GRANULES:
@@ -393,18 +408,26 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
         return workers * num_tiles // grid.num_workers, torch.zeros_like(workers)
     tile = (workers // workers_per_tile).clamp(max=num_tiles)
     blocks_of_tile = num_blocks[tile // grid.tiles_per_request]
-    is_short = blocks_of_tile <= grid.split_overhead_blocks + grid.min_blocks_per_split
+    least_part, longest_whole = _even_cuts(num_blocks.sum() * grid.tiles_per_request, grid)
+    is_short = blocks_of_tile <= longest_whole
     worker_of_tile = workers - tile * workers_per_tile
     if grid.is_invariant:
         # A short tile belongs to its first worker, and behind the last tile there is nothing to divide.
         part = torch.where(is_short & (worker_of_tile > 0), workers_per_tile, worker_of_tile)
         part = torch.where(tile == num_tiles, 0, part)
         return _nearest_granule(tile, part, torch.full_like(part, workers_per_tile), num_blocks, grid)
-    piece = ((blocks_of_tile + workers_per_tile - 1) // workers_per_tile).clamp(min=grid.min_blocks_per_split)
+    piece = ((blocks_of_tile + workers_per_tile - 1) // workers_per_tile).clamp(min=least_part)
     piece = torch.where(is_short, blocks_of_tile, piece)
     block = worker_of_tile * piece
     is_behind_tile = (block > 0) & (block >= blocks_of_tile)
     return tile + is_behind_tile.to(torch.int64), torch.where(is_behind_tile, 0, block)
+
+
+def _even_cuts(total_blocks: Tensor, grid: WorkerGrid) -> tuple[Tensor, Tensor]:
+    """How tiles are cut evenly: in parts of so many blocks at least, and not at all up to some length."""
+    whole = grid.split_overhead_blocks + grid.min_blocks_per_split
+    is_few = (2 * total_blocks <= grid.num_workers) & (not grid.is_swapped and not grid.is_invariant)
+    return torch.where(is_few, 1, grid.min_blocks_per_split), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, whole)
 
 
 def _nearest_granule(

@@ -79,7 +79,8 @@ class SanitizedCase:
             return smallest
         enough = range(smallest, capacity.num_sms + 2)
         # As it is where a GPU runs no fewer of the next larger clusters.
-        return next((n for n in enough if self.grid(capacity, n).split_ctas == self.split_ctas), smallest)
+        grids = ((n, self.grid(capacity, n)) for n in enough)
+        return next((n for n, grid in grids if grid.is_swapped and grid.split_ctas == self.split_ctas), smallest)
 
     def all_lengths(self, capacity: ClusterCapacity, planned: bool = False) -> list[int]:
         lengths = self.planned_lengths if planned and self.planned_lengths is not None else self.lengths
@@ -112,6 +113,7 @@ DENSE_CASES = [
         "pair of tiles, split, causal", [1300], num_workers=5, shape={"seqlen_q": 2, "num_heads_q": 128, "causal": True}
     ),
     SanitizedCase("pair of tiles, split, many requests", [1300, *[0] * 19], shape={"num_heads_q": 128}),
+    SanitizedCase("pair of tiles, parts of one block", [450, 30, 130], shape={"num_heads_q": 128}),
     SanitizedCase("three tiles", [130, 3], num_workers=2, shape={"num_heads_q": 192, "strided_q": True}),
     SanitizedCase(
         "11 tiles for 12 lanes, causal",
@@ -188,7 +190,7 @@ SWAPPED_CASES = [
         shape={"seqlen_q": 2, "num_heads_q": 15, "causal": True},
     ),
     SanitizedCase("swapped, split, four requests", [64 * 50 + 1, *[0] * 3]),
-    SanitizedCase("swapped, split, eight requests", [64 * 50 + 1, *[0] * 7]),
+    SanitizedCase("swapped, split, eight requests", [64 * 120 + 1, *[0] * 7]),
     SanitizedCase("lanes of 32 rows", [500], shape={"num_heads_q": 64}),
     SanitizedCase(
         "lanes of 32 rows, split, causal",
@@ -379,6 +381,8 @@ _DENSE = {
     "one CTA per cluster",
     "two CTAs per cluster",
     "several lanes, one CTA per cluster",
+    "part of one block, one CTA per cluster",
+    "part of one block, two CTAs per cluster",
     "lane without rows beside one that has some",
     "more parts than lanes of a warp",
     "more pieces than the queue holds",
@@ -414,11 +418,16 @@ def is_followed_by_racecheck(case: SanitizedCase, capacity: ClusterCapacity) -> 
     return not grid.is_swapped or max(num_blocks.values()) <= NUM_STAGES["swapped"]
 
 
+def ctas_per_cluster(grid: WorkerGrid) -> str:
+    """Of the dense kernel."""
+    return "two CTAs per cluster" if grid.num_lanes % 2 == 0 else "one CTA per cluster"
+
+
 def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
     row_tiles = -(-case.num_rows_per_head_kv // grid.rows_per_tile)
     routes = {
         "one lane" if grid.num_lanes == 1 else "several lanes",
-        "two CTAs per cluster" if grid.num_lanes % 2 == 0 else "one CTA per cluster",
+        ctas_per_cluster(grid),
         f"{grid.rows_per_tile} rows, clusters of {grid.split_ctas}",
     }
     if not case.shape.get("wide_block_table", True):
@@ -490,6 +499,8 @@ def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCap
                 routes.add("first part of a tile, the only piece of its worker")
             if (continued or continues) and end == begin:
                 routes.add("part of a tile without keys")
+            if (continued or continues) and end == begin + 1:
+                routes.add(f"part of one block, {ctas_per_cluster(grid)}")
             if continues and last_worker - worker + 1 > 32:
                 routes.add("more parts than lanes of a warp")
             if 0 < end - begin < grid.split_ctas:

@@ -14,14 +14,18 @@ from plans import CAPACITIES, UNUSUAL_CLUSTERS
 from flash_mla.schedule import (
     BLOCK_M,
     CPU_CAPACITY,
+    DENSE_WHOLE_TILE_OF_FEW,
     MAX_LANES,
+    MAX_SEGMENTS,
     MAX_SPLIT_CTAS,
+    MAX_SWAPPED_ROWS,
     PAGE_SIZE,
     ClusterCapacity,
     WorkerGrid,
     capacity_of,
     decode_schedule,
     dense_grid,
+    invariant_grid,
     num_partial_rows,
     num_plan_rows,
     worker_grid,
@@ -185,9 +189,9 @@ def test_every_block_is_covered_once_and_work_is_even(lengths, num_rows, num_hea
 @pytest.mark.parametrize("num_rows", [16, 32, 48, 64, 128, 300])
 def test_tiles_are_divided_evenly(num_rows, capacity):
     """Equal tiles among as many workers each, where that is nearly as even as it can be; else by a fair share."""
-    num_even = num_fair = 0
+    num_even = num_few = num_fair = 0
     for batch_size, num_blocks in itertools.product(
-        (1, 2, 3, 5, 7, 15, 16, 20, 39, 40, 66, 70, 131, 132, 133), (0, 1, 7, 20, 33, 64, 1000)
+        (1, 2, 3, 5, 7, 15, 16, 20, 39, 40, 66, 70, 131, 132, 133), (0, 1, 3, 4, 7, 20, 33, 64, 1000)
     ):
         grid = worker_grid(batch_size, num_rows, 1, capacity)
         lengths = [PAGE_SIZE * num_blocks] * batch_size
@@ -196,19 +200,131 @@ def test_tiles_are_divided_evenly(num_rows, capacity):
         share = grid.num_workers // num_tiles
         if share == 0:
             continue
-        piece = max(-(-num_blocks // share), grid.min_blocks_per_split)
-        if num_blocks <= grid.split_overhead_blocks + grid.min_blocks_per_split:
-            piece = num_blocks
+        is_few = not grid.is_swapped and 2 * num_tiles * num_blocks <= grid.num_workers
+        least, whole = grid.min_blocks_per_split, grid.split_overhead_blocks + grid.min_blocks_per_split
+        if is_few:
+            least, whole = 1, DENSE_WHOLE_TILE_OF_FEW
+        piece = num_blocks if num_blocks <= whole else max(-(-num_blocks // share), least)
         if piece > quota_of(lengths, grid) + grid.split_overhead_blocks // 2:
             num_fair += 1
             continue
         num_even += 1
+        num_few += is_few and piece < num_blocks
         for tile, workers in workers_of.items():
             # A tile without blocks is left to the last one.
             first = tile * share if num_blocks > 0 else tile * share + share - 1
             assert workers == list(range(first, first + (-(-num_blocks // piece) if piece > 0 else 1)))
         assert max(end - begin for own in pieces for _, _, begin, end in own) <= piece
     assert num_even > 0 and num_fair > 0
+    assert num_few > 0 or num_rows <= MAX_SWAPPED_ROWS
+
+
+def parts_of(
+    blocks: list[int], num_rows: int, num_heads_kv: int = 1, capacity: ClusterCapacity = CPU_CAPACITY
+) -> list[list[int]]:
+    """How many blocks the parts of each tile have, of requests of so many blocks, the last of them with one token."""
+    lengths = [PAGE_SIZE * (num_blocks - 1) + 1 if num_blocks > 0 else 0 for num_blocks in blocks]
+    pieces, _ = check_plan(lengths, num_rows, num_heads_kv, capacity)
+    parts = defaultdict(list)
+    for batch, tile, begin, end in itertools.chain.from_iterable(pieces):
+        parts[batch, tile].append(end - begin)
+    return list(parts.values())
+
+
+def in_twos(num_blocks: int) -> list[int]:
+    return [2] * (num_blocks // 2) + [1] * (num_blocks % 2)
+
+
+@OF_SEVERAL_GPUS
+@pytest.mark.parametrize(
+    ("num_rows", "num_heads_kv", "batch_size"), [(128, 1, 1), (64, 1, 2), (48, 1, 2), (64, 2, 1), (256, 1, 1)]
+)
+def test_few_blocks_are_cut_in_single_ones(num_rows, num_heads_kv, batch_size, capacity):
+    """As long as at most half of the workers have one; all others in parts of two at least."""
+    grid = worker_grid(batch_size, num_rows, num_heads_kv, capacity)
+    num_tiles = batch_size * grid.tiles_per_request
+    few = grid.num_workers // 2 // num_tiles
+    assert not grid.is_swapped and few >= grid.split_overhead_blocks + grid.min_blocks_per_split
+    parts = parts_of([few] * batch_size, num_rows, num_heads_kv, capacity)
+    assert parts == [[1] * few] * num_tiles
+    one_more = few + 1
+    parts = parts_of([one_more] * batch_size, num_rows, num_heads_kv, capacity)
+    assert parts == [in_twos(one_more)] * num_tiles
+
+
+# The longest tile of few blocks that is not cut.
+WHOLE = DENSE_WHOLE_TILE_OF_FEW
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_rows", "num_heads_kv", "expected"),
+    [
+        # 66 workers of two lanes: up to 33 blocks.
+        pytest.param([WHOLE], 128, 1, [[WHOLE]], id="whole"),
+        pytest.param([WHOLE + 1], 128, 1, [[1] * (WHOLE + 1)], id="not-whole"),
+        pytest.param([33], 128, 1, [[1] * 33], id="one"),
+        pytest.param([34], 128, 1, [in_twos(34)], id="one-too-many"),
+        pytest.param([1, WHOLE, 0, 7], 128, 1, [[1], [WHOLE], [0], [1] * 7], id="short"),
+        pytest.param([1, WHOLE, 16 - WHOLE, 16], 128, 1, [[1], [WHOLE], [1] * (16 - WHOLE), [1] * 16], id="uneven"),
+        pytest.param(
+            [2, WHOLE, 16 - WHOLE, 16],
+            128,
+            1,
+            [[2], [WHOLE], in_twos(16 - WHOLE), in_twos(16)],
+            id="uneven-too-many",
+        ),
+        # No more parts than workers for the tile: 22 here.
+        pytest.param([1, 0, 32], 128, 1, [[1], [0], in_twos(32)], id="longer-than-its-share"),
+        # 132 workers: up to 66 blocks.
+        pytest.param([33, 33], 64, 1, [[1] * 33] * 2, id="two"),
+        pytest.param([33, 34], 64, 1, [in_twos(33), in_twos(34)], id="two-too-many"),
+        pytest.param([WHOLE, 66 - WHOLE], 64, 1, [[WHOLE], [1] * (66 - WHOLE)], id="two-uneven"),
+        pytest.param([WHOLE + 1, 66 - WHOLE], 64, 1, [[WHOLE + 1], in_twos(66 - WHOLE)], id="two-uneven-too-many"),
+        pytest.param([66, 0], 64, 1, [[1] * 66, [0]], id="two-one-empty"),
+        # Blocks of all tiles count.
+        pytest.param([33], 64, 2, [[1] * 33] * 2, id="two-kv-heads"),
+        pytest.param([34], 64, 2, [in_twos(34)] * 2, id="two-kv-heads-too-many"),
+        # One worker per tile, and 33 blocks would be too many for it: parts of a fair share, 7 with their overhead.
+        pytest.param([33, *[0] * 39], 128, 1, [[2, 7, 7, 7, 7, 3], *[[0]] * 39], id="by-a-fair-share"),
+    ],
+)
+def test_cuts_of_few_blocks(blocks, num_rows, num_heads_kv, expected):
+    assert parts_of(blocks, num_rows, num_heads_kv) == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_rows", "capacity", "expected"),
+    [
+        ([7], 16, CPU_CAPACITY, [[7]]),
+        ([3, 4], 32, CPU_CAPACITY, [[3], [4]]),
+        # Without large clusters: tiles of up to 4 blocks, and parts of 2.
+        ([4], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[4]]),
+        ([39], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [in_twos(39)]),
+        ([19], 64, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [in_twos(19)]),
+    ],
+)
+def test_swapped_kernel_has_no_such_cuts(blocks, num_rows, capacity, expected):
+    grid = worker_grid(len(blocks), num_rows, 1, capacity)
+    assert grid.is_swapped and 2 * sum(blocks) <= grid.num_workers
+    assert parts_of(blocks, num_rows, 1, capacity) == expected
+
+
+@OF_SEVERAL_GPUS
+@pytest.mark.parametrize("num_blocks", [4, 5, 7])
+@pytest.mark.parametrize("num_rows", [64, 128])
+def test_batch_invariant_plans_have_no_such_cuts(num_rows, num_blocks, capacity):
+    """Tiles of one segment, so short that their first worker has them."""
+    batch_size = 2
+    grid = invariant_grid(batch_size, num_rows, 1, capacity)
+    assert not grid.is_swapped and 2 * batch_size * num_blocks <= grid.num_workers
+    lengths = torch.tensor([PAGE_SIZE * num_blocks] * batch_size, dtype=torch.int32)
+    metadata, num_splits = decode_schedule(lengths, num_rows, 1, capacity, batch_invariant=True)
+    assert num_splits.tolist() == [0, 1, 2]
+    share = grid.num_workers // batch_size
+    working = {worker: row for worker, row in enumerate(metadata.tolist()) if row[6] > 0}
+    assert working == {
+        request * share: [request, 0, 0, request, 0, MAX_SEGMENTS, 1, request * share] for request in range(batch_size)
+    }
 
 
 @OF_SEVERAL_GPUS
@@ -350,9 +466,20 @@ def test_op_is_the_host_twin():
 def test_device_and_host_agree(num_rows, num_heads_kv, num_lanes):
     capacity = capacity_of(torch.device("cuda"))
     generator = torch.Generator().manual_seed(num_rows)
-    for batch_size, longest in BATCHES:
-        lengths = torch.randint(-2, longest + 1, (batch_size,), generator=generator).to(torch.int32)
+    batches = {
+        f"{batch_size} requests up to {longest}": torch.randint(-2, longest + 1, (batch_size,), generator=generator)
+        for batch_size, longest in BATCHES
+    }
+    # Around what is so few that parts of tiles have one block, for one request and for several.
+    grid = dense_grid(num_rows, num_heads_kv, capacity.num_sms)
+    few = grid.num_workers // (2 * grid.tiles_per_request)
+    for total in (few - 1, few, few + 1):
+        quarter = few // 4
+        for blocks in ([total], [0, total], [3, 4, total - 7], [quarter, quarter, quarter, total - 3 * quarter]):
+            batches[f"requests of {blocks} blocks"] = PAGE_SIZE * torch.tensor(blocks)
+    for batch, lengths in batches.items():
+        lengths = lengths.to(torch.int32)
         planned = torch.ops.flash_mla.decode_schedule(lengths.cuda(), num_rows, num_heads_kv)
         expected = decode_schedule(lengths, num_rows, num_heads_kv, capacity)
         for name, actual_part, expected_part in zip(("metadata", "num_splits"), planned, expected, strict=True):
-            assert torch.equal(actual_part.cpu(), expected_part), f"{name} of {batch_size} requests up to {longest}"
+            assert torch.equal(actual_part.cpu(), expected_part), f"{name} of {batch}"

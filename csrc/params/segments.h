@@ -164,6 +164,7 @@ constexpr WorkerGrid invariant_grid(int batch_size, int num_rows_per_head_kv, in
     WorkerGrid grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
     if (num_rows_per_head_kv <= kMaxSwappedRows) {
         grid = swapped_grid_of(1, num_rows_per_head_kv, num_heads_kv, capacity);
+        grid.split_overhead_blocks = kSegmentsSplitOverhead;
     }
     constexpr int kNumGranules[] = {128, 16, 4, 1};
     for (int const num_granules : kNumGranules) {

@@ -27,7 +27,12 @@ inline constexpr int kFewRequests = 1;
 // are per CTA of a cluster.
 inline constexpr int kDenseSplitOverhead = 5;
 inline constexpr int kDenseMinSplit = 2;
-inline constexpr int kSwappedSplitOverhead = 2;
+// Where at most half of the dense kernel's workers would have a block each, it is worth a worker: partial results are
+// few then. A tile of so many blocks still takes no longer than its parts and their merging.
+inline constexpr int kDenseWholeTileOfFew = 2;
+inline constexpr int kSwappedSplitOverhead = 3;
+inline constexpr int kSwappedSplitOverheadOfMore = 4;  // with tiles of 32 rows
+inline constexpr int kSegmentsSplitOverhead = 2;       // of its CTAs where bits do not depend on the batch
 inline constexpr int kSwappedMinSplit = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -56,6 +61,16 @@ struct WorkerGrid {
     constexpr bool is_swapped() const { return rows_per_tile < kBlockM; }
 };
 
+// How tiles are cut evenly: in parts of so many blocks at least, and not at all up to some length.
+struct EvenCuts {
+    int least_part, longest_whole;
+};
+constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
+    bool const is_dense = !grid.is_swapped() && !grid.is_invariant();
+    if (is_dense && 2 * total_blocks <= grid.num_workers) return {1, kDenseWholeTileOfFew};
+    return {grid.min_blocks_per_split, grid.split_overhead_blocks + grid.min_blocks_per_split};
+}
+
 // Tiles of 64 rows. Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling
 // SMs.
 constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
@@ -80,13 +95,14 @@ constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, i
                                      ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
     int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
+    int const overhead = rows_per_tile == 16 ? kSwappedSplitOverhead : kSwappedSplitOverheadOfMore;
     return {lanes,
             capacity.num_clusters[split_ctas] / lanes,
             num_heads_kv,
             1,
             rows_per_tile,
             split_ctas,
-            kSwappedSplitOverhead * split_ctas,
+            overhead * split_ctas,
             kSwappedMinSplit * split_ctas};
 }
 
@@ -104,15 +120,24 @@ constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv
     return swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
 }
 
+// Tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or their requests
+// cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be.
+constexpr bool leaves_sms_idle(WorkerGrid const& swapped, int64_t num_requests, int num_sms) {
+    return swapped.rows_per_tile > 16 && swapped.num_lanes == 1 && swapped.split_ctas < kMaxSplitCtas &&
+           num_requests < num_sms && 3 * num_requests * swapped.split_ctas < 2 * num_sms;
+}
+
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
     int64_t const product = int64_t(batch_size) * num_heads_kv;
     int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
     int const max_rows = num_requests <= kFewRequests ? kMaxSwappedRowsOfFew : kMaxSwappedRows;
     bool const has_sms = capacity.num_sms() >= ceil_div(kMaxSwappedRowsOfFew, kMaxSwappedRows);
-    return num_rows_per_head_kv <= max_rows && has_sms
-               ? swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
-               : dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    if (num_rows_per_head_kv <= max_rows && has_sms) {
+        WorkerGrid const grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
+        if (!leaves_sms_idle(grid, num_requests, capacity.num_sms())) return grid;
+    }
+    return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
 }
 
 // Rows of a plan and of partial results, enough for every batch size.

@@ -11,8 +11,7 @@
 //
 //   more tiles than workers: worker w begins at tile w * num_tiles / num_workers
 //   else: num_workers / num_tiles workers per tile, and pieces of ceil(num_blocks / workers per tile) blocks, but at
-//   least
-//         min_blocks_per_split; a tile of at most split_overhead_blocks + min_blocks_per_split blocks is not split
+//         least so many, and a tile up to some length is not split (even_cuts)
 //
 // Every boundary is found on its own by bisection over start(), so nothing here is sequential but one block scan.
 #include "kernels/decode_schedule/decode_schedule.h"
@@ -37,9 +36,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
     };
     auto tile_cost_of = [&](int batch) { return (start[batch + 1] - start[batch]) / grid.tiles_per_request; };
     // Blocks of a piece, where every tile is cut evenly.
+    EvenCuts const cuts = even_cuts(grid, total - num_tiles * grid.split_overhead_blocks);
     auto even_piece = [&](int num_blocks) {
-        if (num_blocks <= grid.split_overhead_blocks + grid.min_blocks_per_split) return num_blocks;
-        return max(int((num_blocks + workers_per_tile - 1) / workers_per_tile), grid.min_blocks_per_split);
+        if (num_blocks <= cuts.longest_whole) return num_blocks;
+        return max(int((num_blocks + workers_per_tile - 1) / workers_per_tile), cuts.least_part);
     };
     auto even_boundary = [&](int w) -> Boundary {
         if (workers_per_tile == 0) return place_of(w * num_tiles / grid.num_workers, 0);

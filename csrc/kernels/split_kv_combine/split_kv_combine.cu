@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     int const row_groups = num_row_groups_of(params);
     int const num_items = num_cuts * grid.num_lanes * row_groups * kPartGroups;
     for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int const first_part = item % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) + (kSharesPieces ? 0 : warp * kPartsAtOnce);
+        int const first_part = item % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) +
+                               (kSharesPieces ? 0 : warp * kPartsAtOnce);
         int const row_group = item / kPartGroups % row_groups;
         int const lane_and_cut = item / kPartGroups / row_groups;
         int const tile_lane = lane_and_cut % grid.num_lanes;

@@ -21,7 +21,10 @@ struct BlockLoader {
     // up the first one before the cluster is known to be there, asks for the second when the query rows have come, so
     // that these and the first block come first, and for the last one when the query rows have left its stage.
     __device__ void begin() const {
-        if (thread_in_warpgroup_now() == 0) shared.loads.begin(params);
+        if (thread_in_warpgroup_now() == 0) {
+            prefetch_likely_length(params);
+            shared.loads.begin(params);
+        }
         look_up({0}, false);
         cute::cp_async_wait<0>();
     }

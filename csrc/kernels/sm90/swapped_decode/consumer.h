@@ -79,8 +79,9 @@ protected:
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
     __device__ void load_q(Piece const& piece) const {
         constexpr int kVectorsPerRow = kHeadDim / 8;
+        int const thread = thread_in_warpgroup_now();  // what follows from it occupies no registers between pieces
 #pragma unroll 2
-        for (int row = group * 4 + warp(); row < kRows; row += 4 * Traits::kNumGroups) {
+        for (int row = group * 4 + thread / 32; row < kRows; row += 4 * Traits::kNumGroups) {
             // Rows that do not exist read another one: what becomes of them is never stored.
             QueryRow const at = query_row_of(piece, row);
             Element const* const source =
@@ -88,7 +89,7 @@ protected:
                 (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
             uint32_t const target = shared_address(shared.q) + row * 128;
 #pragma unroll
-            for (int vector = lane(); vector < kVectorsPerRow; vector += 32) {
+            for (int vector = thread % 32; vector < kVectorsPerRow; vector += 32) {
                 uint32_t const offset = vector / 8 * kRows * 128 + ((vector ^ row) % 8) * 16;
                 copy_16_bytes_async(target + offset, source + vector * 8);
             }

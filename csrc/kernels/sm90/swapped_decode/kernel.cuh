@@ -19,7 +19,8 @@
 // Shared memory (bytes, 16 rows)
 //   block      2 × 73728    KV blocks: 8 latent chunks (64 tokens × 64 columns, 128-byte swizzle) and RoPE
 //   q              18432    query rows; with 32 rows in the place of received
-//   received       49152    output of all CTAs for the columns that this one merges, as the accumulators hold it
+//   received       24576    output of all CTAs for the columns that this one merges, in 16 bits, as the accumulators hold
+//                           it
 //   p               2048    P (row, token)
 //   exchanged       4096    scores for the other group
 //   the rest               statistics of the rows, weights, barriers

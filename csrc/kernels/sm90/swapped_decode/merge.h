@@ -31,15 +31,20 @@ struct MergingConsumer : SwappedConsumer<Traits> {
             if (group == 0 && thread == 0 && !is_alone()) expect_results(num_active);
             this->add_blocks(piece, blocks, true, outputs);
             if (!Traits::kHasRoomForBoth) sync_consumers();
-            this->share_statistics([this] {
+            this->share_statistics([&] {
+                if (!is_alone()) share_largest(outputs);
                 if (!Traits::kHasRoomForBoth) allow_sending();
             });
-            send(outputs, num_active);
+            if (is_alone()) {
+                store_own(piece, outputs);
+            } else {
+                send(outputs, num_active);
+            }
             // While results are on their way.
             Piece following;
             has_piece = this->next_with_keys(pieces, following);
             if (Traits::kHasRoomForBoth && has_piece) this->load_q(following);
-            merge(piece, num_active);
+            if (!is_alone()) merge(piece, num_active);
             if (has_piece) {
                 sync_consumers();
                 if (Traits::kHasRoomForBoth) {
@@ -64,82 +69,149 @@ private:
 
     __device__ void expect_results(int num_active) const {
         int const bytes_per_cta = num_own_chunks() * Traits::kVectorsPerChunk * sizeof(float4);
-        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float2));
+        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float4));
     }
 
     // What CTAs that do not exist have seen: no key.
     __device__ void clear_statistics() const {
         int const i = group * 128 + thread;
         if (i >= num_ctas() * kRows && i < kMaxSplitCtas * kRows)
-            shared.received_statistics[i / kRows][i % kRows] = float2{kMinusInfinity, 0.f};
+            shared.received_statistics[i / kRows][i % kRows] = float4{kMinusInfinity, 0.f, 0.f, 0.f};
     }
 
-    __device__ float4& received_from(int sender, int own_chunk, int tile) const {
+    __device__ float4& received_from(int sender, int own_chunk, int pair) const {
         int const slot = own_chunk * num_ctas() + sender;
-        return shared.received[slot * Traits::kVectorsPerChunk + tile * 128 + thread];
+        return shared.received[slot * Traits::kVectorsPerChunk + pair * 128 + thread_in_warpgroup_now()];
+    }
+
+    // Of the finite outputs of each row, for the exponent that they are sent with; before a barrier of all consumers.
+    __device__ void share_largest(Outputs const& outputs) const {
+        int const thread = thread_in_warpgroup_now();  // what follows from it occupies no registers between
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                uint32_t largest = 0;
+#pragma unroll
+                for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        largest = max(largest, magnitude(outputs(cute::make_coord(c, h, tile), m, 0)));
+                }
+#pragma unroll
+                for (int distance = 4; distance < 32; distance *= 2)
+                    largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
+                if (thread % 32 < 4)
+                    shared.largest_output[fragment_column(thread, tile) + c][group * 4 + thread / 32] = largest;
+            }
+        }
+    }
+    // Twice the bits of the absolute value, from this on; less for what is not finite.
+    static constexpr uint32_t kZeroMagnitude = 2u << 23;
+    __device__ static uint32_t magnitude(float x) { return 2 * __float_as_uint(x) + kZeroMagnitude; }
+
+    // The exponent, as floats have it, of a power of two of which the largest output of a row is as many times as 16
+    // bits can hold. Behind the barrier.
+    __device__ uint32_t exponent_of(int row) const {
+        auto const* const of_warps = reinterpret_cast<uint4 const*>(shared.largest_output[row]);
+        uint4 const low = of_warps[0], high = of_warps[1];
+        uint32_t const largest =
+            max(max(max(low.x, low.y), max(low.z, low.w)), max(max(high.x, high.y), max(high.z, high.w)));
+        return max(int((max(largest, kZeroMagnitude) - kZeroMagnitude) >> 24) - 14, 1);
     }
 
     // What this CTA has of the output, and the statistics of its rows, to where they are merged.
     __device__ void send(Outputs const& outputs, int num_active) const {
-        if (!is_alone()) return send_to_cluster(outputs, num_active);
-        if (int const row = group * 128 + thread; row < kRows)
-            shared.received_statistics[0][row] = this->statistics(row);
-#pragma unroll
-        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-#pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile)
-                received_from(0, group * Traits::kChunksPerGroup + m, tile) = this->fragment_of(outputs, m, tile);
-        }
-    }
-
-    __device__ void send_to_cluster(Outputs const& outputs, int num_active) const {
+        int const thread = thread_in_warpgroup_now();
         shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
         uint32_t const barrier = shared_address(shared.barriers.received);
 #pragma unroll 1
         for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
             int const row = i % kRows, target = i / kRows;
+            float2 const statistics = this->statistics(row);
+            float const scale = __uint_as_float(exponent_of(row) << 23);
             store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target),
-                         this->statistics(row), remote_address(barrier, target));
+                         float4{statistics.x, statistics.y, scale, 0.f}, remote_address(barrier, target));
         }
         if (rank >= num_active) return;
 #pragma unroll
-        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-            int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
-            int const target = chunk - own_chunk * num_ctas();
-            uint32_t const remote = remote_address(shared_address(received_from(rank, own_chunk, 0)), target);
-            uint32_t const remote_barrier = remote_address(barrier, target);
+        for (int pair = 0; pair < kRowTiles / 2; ++pair) {
+            float factor[2][2];
 #pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile)
-                store_remote(remote + tile * 128 * sizeof(float4), this->fragment_of(outputs, m, tile), remote_barrier);
+            for (int i = 0; i < 4; ++i) {
+                int const row = fragment_column(thread, 2 * pair + i / 2) + i % 2;
+                factor[i / 2][i % 2] = __uint_as_float((254 - exponent_of(row)) << 23);
+            }
+#pragma unroll
+            for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+                int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
+                int const target = chunk - own_chunk * num_ctas();
+                uint32_t const to = shared_address(received_from(rank, own_chunk, pair));
+                float2 const first = packed(outputs, m, 2 * pair, factor[0]);
+                float2 const second = packed(outputs, m, 2 * pair + 1, factor[1]);
+                store_remote(remote_address(to, target), float4{first.x, first.y, second.x, second.y},
+                             remote_address(barrier, target));
+            }
+        }
+    }
+    // A tile of 8 rows of a chunk, as 16 bits: as if they were floats.
+    __device__ float2 packed(Outputs const& outputs, int m, int tile, float const (&factor)[2]) const {
+        float4 const x = this->fragment_of(outputs, m, tile);
+        return {__uint_as_float(pack_pair(x.x * factor[0], x.y * factor[1], cutlass::half_t{})),
+                __uint_as_float(pack_pair(x.z * factor[0], x.w * factor[1], cutlass::half_t{}))};
+    }
+
+    // Alone, a CTA has all that there is.
+    __device__ void store_own(Piece const& piece, Outputs const& outputs) const {
+        int const thread = thread_in_warpgroup_now();
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+            float weight[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float const total = this->statistics(fragment_column(thread, tile) + c).y;
+                weight[c] = total == 0.f ? 0.f : __fdividef(1.f, total);
+            }
+#pragma unroll
+            for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+                float4 const x = this->fragment_of(outputs, m, tile);
+                float sum[4] = {};
+                add_weighted(sum[0], x.x, weight[0]);
+                add_weighted(sum[1], x.y, weight[1]);
+                add_weighted(sum[2], x.z, weight[0]);
+                add_weighted(sum[3], x.w, weight[1]);
+                store(piece, group * Traits::kChunksPerGroup + m, tile, sum);
+            }
+        }
+        if (int const row = group * 128 + thread; row < kRows) {
+            float2 const statistics = this->statistics(row);
+            this->store_lse(piece, row, statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x);
         }
     }
 
-    // Weight of what each CTA has of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
+    // Weight of what each CTA has sent of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
     __device__ float weigh() const {
         static_assert(kMaxSplitCtas * kRows <= Traits::kConsumerThreads);
         int const row = thread % kRows, sender = (group * 128 + thread) / kRows;
         if (sender >= kMaxSplitCtas) return 0.f;
-        float2 from[kMaxSplitCtas];
+        float4 from[kMaxSplitCtas];  // reference, sum and scale
 #pragma unroll
         for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
         float largest = kMinusInfinity, total = 0.f;
 #pragma unroll
-        for (float2 const& each : from) largest = fmaxf(largest, each.x);
+        for (float4 const& each : from) largest = fmaxf(largest, each.x);
         float const offset = largest == kMinusInfinity ? 0.f : largest;
 #pragma unroll
-        for (float2 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
+        for (float4 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
         float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
-        shared.weight[sender][row] = exp2_approx(shared.received_statistics[sender][row].x - offset) * inverse;
+        float4 const own = shared.received_statistics[sender][row];
+        shared.weight[sender][row] = exp2_approx(own.x - offset) * inverse * own.z;
         return total == 0.f ? kMinusInfinity : log2f(total) + largest;
     }
 
     // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
-        if (is_alone()) {
-            sync_consumers();
-        } else {
-            shared.barriers.received.wait(piece_count % 2);
-        }
+        shared.barriers.received.wait(piece_count % 2);
         float const lse_log2 = weigh();
         sync_consumers();
 #pragma unroll 1
@@ -154,17 +226,19 @@ private:
     // The i-th tile of 8 rows and 64 columns of those that this CTA merges.
     __device__ void add_from_senders(int i, int num_active, float (&sum)[4]) const {
         int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
-        float4 const* part = &received_from(0, own_chunk, tile);
+        float2 const* part = reinterpret_cast<float2 const*>(&received_from(0, own_chunk, tile / 2)) + tile % 2;
         float const* weight = &shared.weight[0][fragment_column(thread, tile)];
 #pragma unroll 4
         for (int sender = 0; sender < num_active; ++sender) {
-            float4 const x = *part;
+            float2 const packed = *part;
+            float2 const low = __half22float2(reinterpret_cast<__half2 const&>(packed.x));
+            float2 const high = __half22float2(reinterpret_cast<__half2 const&>(packed.y));
             float2 const w = *reinterpret_cast<float2 const*>(weight);
-            add_weighted(sum[0], x.x, w.x);
-            add_weighted(sum[1], x.y, w.y);
-            add_weighted(sum[2], x.z, w.x);
-            add_weighted(sum[3], x.w, w.y);
-            part += Traits::kVectorsPerChunk, weight += kRows;
+            add_weighted(sum[0], low.x, w.x);
+            add_weighted(sum[1], low.y, w.y);
+            add_weighted(sum[2], high.x, w.x);
+            add_weighted(sum[3], high.y, w.y);
+            part += 2 * Traits::kVectorsPerChunk, weight += kRows;
         }
     }
 

@@ -17,6 +17,7 @@ struct SwappedProducer {
     uint32_t count = 0;
 
     __device__ void run() {
+        prefetch_likely_length(params);
         typename Traits::Pieces pieces(params);
         Piece piece;
         while (next_with_keys(pieces, params, piece)) load(piece);

@@ -62,11 +62,16 @@ struct SwappedDecodeTraits {
         TransactionBarrier received;  // the results of every CTA of the cluster for the columns of this one
     };
 
-    // Results of a CTA for 64 columns: one float4 per tile of 8 rows and thread, as the accumulators hold them.
-    static constexpr int kVectorsPerChunk = kRowTiles * 128;
+    // Results of a CTA for 64 columns, in 16 bits: a vector per two tiles of 8 rows and thread, as the accumulators
+    // hold them.
+    static constexpr int kVectorsPerChunk = kRowTiles / 2 * 128;
     // 8 chunks go to 6 CTAs: two to some, from 6 each.
     static constexpr int kMaxReceivedChunks = kRows <= 16 ? 12 : kLatentChunks;
-    static constexpr int kReceivedVectors = kMaxReceivedChunks * kVectorsPerChunk;
+    // Where bits do not depend on the batch, nothing is received, and with 16 rows outputs wait in this place as they
+    // are.
+    static constexpr int kReceivedVectors = kSummation == Summation::kByWorkers ? kMaxReceivedChunks * kVectorsPerChunk
+                                            : kRows <= 16                       ? kLatentChunks * kRowTiles * 128
+                                                                                : 1;
 
     // Where query rows and results have places of their own, the next query rows come while results are merged.
     static constexpr bool kHasRoomForBoth = kRows <= 16;
@@ -77,7 +82,7 @@ struct SwappedDecodeTraits {
     struct QueryOrReceived {
         union {
             alignas(1024) Element q[kHeadDim * kRows];
-            alignas(1024) float4 received[kReceivedVectors];  // (own chunk, sender, tile, thread)
+            alignas(1024) float4 received[kReceivedVectors];  // (own chunk, sender, two tiles, thread)
         };
     };
 
@@ -89,7 +94,8 @@ struct SwappedDecodeTraits {
         float row_sum[4][kRows];
         float rescale[kRows];
         float reference[kRows];                                        // log2
-        alignas(16) float2 received_statistics[kMaxSplitCtas][kRows];  // reference and sum, by sender
+        alignas(16) uint32_t largest_output[kRows][kNumGroups * 4];    // by warp
+        alignas(16) float4 received_statistics[kMaxSplitCtas][kRows];  // reference, sum and scale, by sender
         alignas(8) float weight[kMaxSplitCtas][kRows];
         alignas(8) bool exceeds[kNumGroups][4];  // by warp
         int must_rescale[kNumGroups];
