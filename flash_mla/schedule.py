@@ -19,9 +19,7 @@ PAGE_SIZE = 64  # tokens per page, and per KV block
 BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
 MAX_SPLIT_CTAS = 8  # CTAs that share out the KV blocks of a lane
-MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves in any batch
-MAX_SWAPPED_ROWS_OF_FEW = 64  # and of up to FEW_REQUESTS requests, times KV heads
-FEW_REQUESTS = 1
+MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves
 METADATA_COLUMNS = 8
 
 # The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
@@ -126,13 +124,12 @@ def _swapped_rows_per_tile(num_rows_per_head_kv: int) -> int:
 def _swapped_grid_of(
     split_ctas: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """Tiles of 16 or 32 rows, all of a request side by side, with clusters of a given size."""
+    """Tiles of 16 or 32 rows, with clusters of a given size."""
     rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
-    num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
     overhead = SWAPPED_SPLIT_OVERHEAD if rows_per_tile == _FEW_ROWS else SWAPPED_SPLIT_OVERHEAD_OF_MORE
     return WorkerGrid(
-        num_lanes=num_lanes,
-        num_workers=capacity.num_clusters[split_ctas] // num_lanes,
+        num_lanes=1,
+        num_workers=capacity.num_clusters[split_ctas],
         tiles_per_request=num_heads_kv,
         lane_groups=1,
         rows_per_tile=rows_per_tile,
@@ -147,10 +144,9 @@ def swapped_grid(
 ) -> WorkerGrid:
     """A request gets as large a cluster as leaves one for every other request."""
     rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
-    num_lanes = -(-num_rows_per_head_kv // rows_per_tile)
     split_ctas = 1
     for size in _SPLIT_CTAS[rows_per_tile]:
-        if capacity.num_clusters[size] // num_lanes >= num_requests:
+        if capacity.num_clusters[size] >= num_requests:
             split_ctas = size
             break
     return _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
@@ -159,9 +155,8 @@ def swapped_grid(
 def leaves_sms_idle(swapped: WorkerGrid, num_requests: int, num_sms: int) -> bool:
     """Whether tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or
     their requests cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be."""
-    has_more_rows = swapped.rows_per_tile > _FEW_ROWS and swapped.num_lanes == 1
-    fits_poorly = num_requests < num_sms and 3 * num_requests * swapped.split_ctas < 2 * num_sms
-    return has_more_rows and swapped.split_ctas < MAX_SPLIT_CTAS and fits_poorly
+    is_possible = swapped.rows_per_tile > _FEW_ROWS and swapped.split_ctas < MAX_SPLIT_CTAS
+    return is_possible and 3 * num_requests * swapped.split_ctas < 2 * num_sms
 
 
 def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity) -> WorkerGrid:
@@ -175,9 +170,7 @@ def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, c
     """
     # A plan for no requests has workers too.
     num_requests = max(batch_size * num_heads_kv, 1)
-    max_rows = MAX_SWAPPED_ROWS_OF_FEW if num_requests <= FEW_REQUESTS else MAX_SWAPPED_ROWS
-    has_sms = capacity.num_sms >= -(-MAX_SWAPPED_ROWS_OF_FEW // MAX_SWAPPED_ROWS)
-    if num_rows_per_head_kv <= max_rows and has_sms:
+    if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
         grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
         if not leaves_sms_idle(grid, num_requests, capacity.num_sms):
             return grid
@@ -425,9 +418,10 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
 
 def _even_cuts(total_blocks: Tensor, grid: WorkerGrid) -> tuple[Tensor, Tensor]:
     """How tiles are cut evenly: in parts of so many blocks at least, and not at all up to some length."""
-    whole = grid.split_overhead_blocks + grid.min_blocks_per_split
+    least_part = grid.min_blocks_per_split
+    whole = grid.split_overhead_blocks + least_part if grid.is_invariant else 2 * least_part - 1
     is_few = (2 * total_blocks <= grid.num_workers) & (not grid.is_swapped and not grid.is_invariant)
-    return torch.where(is_few, 1, grid.min_blocks_per_split), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, whole)
+    return torch.where(is_few, 1, least_part), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, whole)
 
 
 def _nearest_granule(

@@ -191,13 +191,6 @@ SWAPPED_CASES = [
     ),
     SanitizedCase("swapped, split, four requests", [64 * 50 + 1, *[0] * 3]),
     SanitizedCase("swapped, split, eight requests", [64 * 120 + 1, *[0] * 7]),
-    SanitizedCase("lanes of 32 rows", [500], shape={"num_heads_q": 64}),
-    SanitizedCase(
-        "lanes of 32 rows, split, causal",
-        [64 * 50 + 1],
-        num_workers=3,
-        shape={"seqlen_q": 3, "num_heads_q": 16, "causal": True},
-    ),
 ]
 
 CASES = [*DENSE_CASES, *SWAPPED_CASES]
@@ -356,8 +349,6 @@ _BOTH = {
     "table without room behind it",
     "gaps in queries, cache and output",
     "several KV heads",
-    "one lane",
-    "several lanes",
     "tile that is not full",
     "worker without work",
     "whole tile",
@@ -378,6 +369,8 @@ _BOTH = {
     "row that sees no key",
 }
 _DENSE = {
+    "one lane",
+    "several lanes",
     "one CTA per cluster",
     "two CTAs per cluster",
     "several lanes, one CTA per cluster",

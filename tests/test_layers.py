@@ -147,8 +147,6 @@ def test_constants_are_the_same_on_host_and_device():
         "kMaxLanes": schedule.MAX_LANES,
         "kMaxSplitCtas": schedule.MAX_SPLIT_CTAS,
         "kMaxSwappedRows": schedule.MAX_SWAPPED_ROWS,
-        "kMaxSwappedRowsOfFew": schedule.MAX_SWAPPED_ROWS_OF_FEW,
-        "kFewRequests": schedule.FEW_REQUESTS,
         "kDenseSplitOverhead": schedule.DENSE_SPLIT_OVERHEAD,
         "kDenseMinSplit": schedule.DENSE_MIN_SPLIT,
         "kDenseWholeTileOfFew": schedule.DENSE_WHOLE_TILE_OF_FEW,

@@ -201,7 +201,7 @@ def test_tiles_are_divided_evenly(num_rows, capacity):
         if share == 0:
             continue
         is_few = not grid.is_swapped and 2 * num_tiles * num_blocks <= grid.num_workers
-        least, whole = grid.min_blocks_per_split, grid.split_overhead_blocks + grid.min_blocks_per_split
+        least, whole = grid.min_blocks_per_split, 2 * grid.min_blocks_per_split - 1
         if is_few:
             least, whole = 1, DENSE_WHOLE_TILE_OF_FEW
         piece = num_blocks if num_blocks <= whole else max(-(-num_blocks // share), least)
@@ -293,19 +293,40 @@ def test_cuts_of_few_blocks(blocks, num_rows, num_heads_kv, expected):
 
 
 @pytest.mark.parametrize(
+    ("blocks", "num_rows", "expected"),
+    [
+        ([3] * 12, 128, [[3]] * 12),
+        ([4] * 12, 128, [[2, 2]] * 12),
+        # Five workers for each.
+        ([7] * 12, 128, [[2, 2, 2, 1]] * 12),
+        # Two.
+        ([7] * 33, 128, [[4, 3]] * 33),
+        ([7] * 66, 64, [[4, 3]] * 66),
+        # One.
+        ([7] * 67, 64, [[7]] * 67),
+    ],
+)
+def test_tiles_with_work_for_two_are_cut(blocks, num_rows, expected):
+    assert parts_of(blocks, num_rows) == expected
+
+
+@pytest.mark.parametrize(
     ("blocks", "num_rows", "capacity", "expected"),
     [
         ([7], 16, CPU_CAPACITY, [[7]]),
         ([3, 4], 32, CPU_CAPACITY, [[3], [4]]),
-        # Without large clusters: tiles of up to 4 blocks, and parts of 2.
-        ([4], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[4]]),
+        # Of 8 CTAs, with 2 blocks each at least.
+        ([31], 16, CPU_CAPACITY, [[31]]),
+        ([32], 16, CPU_CAPACITY, [[16, 16]]),
+        ([40], 32, CPU_CAPACITY, [[16, 16, 8]]),
+        # Without large clusters: tiles of up to 3 blocks, and parts of 2.
+        ([3], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[3]]),
+        ([4], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[2, 2]]),
         ([39], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [in_twos(39)]),
-        ([19], 64, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [in_twos(19)]),
     ],
 )
 def test_swapped_kernel_has_no_such_cuts(blocks, num_rows, capacity, expected):
-    grid = worker_grid(len(blocks), num_rows, 1, capacity)
-    assert grid.is_swapped and 2 * sum(blocks) <= grid.num_workers
+    assert worker_grid(len(blocks), num_rows, 1, capacity).is_swapped
     assert parts_of(blocks, num_rows, 1, capacity) == expected
 
 

@@ -17,11 +17,7 @@ inline constexpr int kHeadDim = 576;     // 512 latent + 64 RoPE
 inline constexpr int kHeadDimV = 512;    // the latent part, read again as V
 inline constexpr int kMaxSplitCtas = 8;  // CTAs of a cluster that shares out KV blocks
 
-// What the swapped kernel serves: up to 32 query rows always, up to 64 where there are so few requests (times kv
-// heads) that most of the time is that of starting and ending, not of the products.
-inline constexpr int kMaxSwappedRows = 32;
-inline constexpr int kMaxSwappedRowsOfFew = 64;
-inline constexpr int kFewRequests = 1;
+inline constexpr int kMaxSwappedRows = 32;  // of a kv head that the swapped kernel serves
 
 // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 // are per CTA of a cluster.
@@ -66,9 +62,10 @@ struct EvenCuts {
     int least_part, longest_whole;
 };
 constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
-    bool const is_dense = !grid.is_swapped() && !grid.is_invariant();
-    if (is_dense && 2 * total_blocks <= grid.num_workers) return {1, kDenseWholeTileOfFew};
-    return {grid.min_blocks_per_split, grid.split_overhead_blocks + grid.min_blocks_per_split};
+    int const least_part = grid.min_blocks_per_split;
+    if (grid.is_invariant()) return {least_part, grid.split_overhead_blocks + least_part};
+    if (!grid.is_swapped() && 2 * total_blocks <= grid.num_workers) return {1, kDenseWholeTileOfFew};
+    return {least_part, 2 * least_part - 1};
 }
 
 // Tiles of 64 rows. Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling
@@ -89,15 +86,14 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
     return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, kDenseSplitOverhead, kDenseMinSplit};
 }
 
-// Tiles of 16 or 32 rows, all of a request side by side, with clusters of a given size.
+// Tiles of 16 or 32 rows, with clusters of a given size.
 constexpr int swapped_rows_per_tile(int num_rows_per_head_kv) { return num_rows_per_head_kv <= 16 ? 16 : 32; }
 constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, int num_heads_kv,
                                      ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
-    int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
     int const overhead = rows_per_tile == 16 ? kSwappedSplitOverhead : kSwappedSplitOverheadOfMore;
-    return {lanes,
-            capacity.num_clusters[split_ctas] / lanes,
+    return {1,
+            capacity.num_clusters[split_ctas],
             num_heads_kv,
             1,
             rows_per_tile,
@@ -111,11 +107,10 @@ constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, i
 constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
-    int const lanes = ceil_div(num_rows_per_head_kv, rows_per_tile);
     int split_ctas = 1;
     for (int size = 2; size <= kMaxSplitCtas; ++size) {
         bool const is_possible = size == 2 || size == 4 || size == 8 || (rows_per_tile == 16 && size % 3 == 0);
-        if (is_possible && capacity.num_clusters[size] / lanes >= num_requests) split_ctas = size;
+        if (is_possible && capacity.num_clusters[size] >= num_requests) split_ctas = size;
     }
     return swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
 }
@@ -123,17 +118,15 @@ constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv
 // Tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or their requests
 // cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be.
 constexpr bool leaves_sms_idle(WorkerGrid const& swapped, int64_t num_requests, int num_sms) {
-    return swapped.rows_per_tile > 16 && swapped.num_lanes == 1 && swapped.split_ctas < kMaxSplitCtas &&
-           num_requests < num_sms && 3 * num_requests * swapped.split_ctas < 2 * num_sms;
+    return swapped.rows_per_tile > 16 && swapped.split_ctas < kMaxSplitCtas &&
+           3 * num_requests * swapped.split_ctas < 2 * num_sms;
 }
 
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
     int64_t const product = int64_t(batch_size) * num_heads_kv;
     int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
-    int const max_rows = num_requests <= kFewRequests ? kMaxSwappedRowsOfFew : kMaxSwappedRows;
-    bool const has_sms = capacity.num_sms() >= ceil_div(kMaxSwappedRowsOfFew, kMaxSwappedRows);
-    if (num_rows_per_head_kv <= max_rows && has_sms) {
+    if (num_rows_per_head_kv <= kMaxSwappedRows) {
         WorkerGrid const grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
         if (!leaves_sms_idle(grid, num_requests, capacity.num_sms())) return grid;
     }
@@ -168,6 +161,12 @@ struct alignas(32) WorkerRow {
     int end_batch, end_tile, end_block;        // last piece; end_block is exclusive
     int num_pieces;                            // tiles touched; 0 for a worker without work
     int last_worker;                           // who finishes the tile of the last piece
+
+    constexpr bool operator==(WorkerRow const& other) const {
+        return begin_batch == other.begin_batch && begin_tile == other.begin_tile && begin_block == other.begin_block &&
+               end_batch == other.end_batch && end_tile == other.end_tile && end_block == other.end_block &&
+               num_pieces == other.num_pieces && last_worker == other.last_worker;
+    }
 };
 inline constexpr int kWorkerRowInts = sizeof(WorkerRow) / sizeof(int);
 
