@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "kernels/sm90/primitives/dependent_launch.h"
+#include "kernels/sm90/primitives/kernel_attributes.h"
 #include "kernels/split_kv_combine/store_columns.h"
 #include "params/query_rows.h"
 
@@ -167,43 +168,63 @@ constexpr int num_parts_per_cta(int parts_at_once, bool shares_pieces) {
     return shares_pieces ? 1 : kWarpsPerCta * parts_at_once;
 }
 
+// What a warp merges at a time: rows of a cut tile, some of their columns.
+template <int kPartsAtOnce, bool kSharesPieces>
+struct Item {
+    static constexpr int kPartGroups = kParts / num_parts_per_cta(kPartsAtOnce, kSharesPieces);
+
+    CutTile cut;
+    int tile_lane, row, first_column;
+    QueryRow at;
+
+    __device__ static int count(DenseDecodeParams const& params, int num_cuts) {
+        return num_cuts * params.grid.num_lanes * num_row_groups_of(params) * kPartGroups;
+    }
+    __device__ Item(DenseDecodeParams const& params, CutTile const* cut_tiles, int number) {
+        WorkerGrid const& grid = params.grid;
+        int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+        int const first_part = number % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) +
+                               (kSharesPieces ? 0 : warp * kPartsAtOnce);
+        int const row_groups = num_row_groups_of(params), group = number / kPartGroups;
+        int const lane_and_cut = group / row_groups;
+        first_column = first_part * kBoxColumns;
+        row = (group - lane_and_cut * row_groups) * kBoxRows + lane / 4;
+        cut = cut_tiles[lane_and_cut / grid.num_lanes];
+        tile_lane = lane_and_cut % grid.num_lanes;
+        at = query_row(params, tile_place(grid, cut.tile, tile_lane), row, grid.rows_per_tile);
+    }
+    __device__ int num_pieces() const { return at.exists ? cut.last_worker - cut.worker + 1 : 0; }
+    // The first piece is a worker's last, the others are the first ones of the workers that follow.
+    __device__ int64_t tile_row(WorkerGrid const& grid, int piece) const {
+        int const slot = piece == 0 ? cut.first_slot : partial_slot(cut.worker + piece, true);
+        return partial_row(grid, slot, tile_lane, 0, grid.rows_per_tile);
+    }
+};
+
 // kPartsAtOnce: of a row, by a warp. Ways of their own, each no longer than it has to be, because their instructions
 // have to come from memory too.
 template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
     static_assert(!kSharesPieces || kPartsAtOnce == 1);
+    using OwnItem = Item<kPartsAtOnce, kSharesPieces>;
     constexpr int kPiecesAtOnce = Numbers::kLoadsAtOnce / kPartsAtOnce;
-    constexpr int kPartGroups = kParts / num_parts_per_cta(kPartsAtOnce, kSharesPieces);
     extern __shared__ CutTile cut_tiles[];  // [num_workers]
     WorkerGrid const& grid = params.grid;
     // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
-    int const num_cuts = list_cut_tiles(params, cut_tiles);
+    int const num_items = OwnItem::count(params, list_cut_tiles(params, cut_tiles));
     sm90::allow_dependent_launch();
+    if (blockIdx.x >= num_items) return sm90::wait_for_previous_kernel();
+    OwnItem item(params, cut_tiles, blockIdx.x);
     sm90::wait_for_previous_kernel();
 
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    int const row_groups = num_row_groups_of(params);
-    int const num_items = num_cuts * grid.num_lanes * row_groups * kPartGroups;
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int const first_part = item % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) +
-                               (kSharesPieces ? 0 : warp * kPartsAtOnce);
-        int const row_group = item / kPartGroups % row_groups;
-        int const lane_and_cut = item / kPartGroups / row_groups;
-        int const tile_lane = lane_and_cut % grid.num_lanes;
-        CutTile const& cut = cut_tiles[lane_and_cut / grid.num_lanes];
-
-        int const row = row_group * kBoxRows + lane / 4;
-        QueryRow const at = query_row(params, tile_place(grid, cut.tile, tile_lane), row, grid.rows_per_tile);
-
-        // The first piece is a worker's last, the others are the first ones of the workers that follow.
-        int const num_pieces = at.exists ? cut.last_worker - cut.worker + 1 : 0;
-        auto const tile_row = [&](int piece) {
-            int const slot = piece == 0 ? cut.first_slot : partial_slot(cut.worker + piece, true);
-            return partial_row(grid, slot, tile_lane, 0, grid.rows_per_tile);
-        };
+    for (int number = blockIdx.x;;) {
+        CutTile const& cut = item.cut;
+        QueryRow const& at = item.at;
+        int const row = item.row, first_column = item.first_column, num_pieces = item.num_pieces();
+        auto const tile_row = [&](int piece) { return item.tile_row(grid, piece); };
         Sums<kPartsAtOnce> sums;
-        int const first_column = first_part * kBoxColumns;
         int const share = kSharesPieces ? ceil_div(num_pieces, kWarpsPerCta) : num_pieces;
         int const begin = kSharesPieces ? warp * share : 0, end = min(begin + share, num_pieces);
         for (int first = begin; first < end; first += kPiecesAtOnce) {
@@ -234,31 +255,48 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
             }
         }
         if constexpr (kSharesPieces) add_warps(sums);
-        if (!at.exists || (kSharesPieces && warp > 0)) continue;
-        float const inverse_total = sums.weight == 0.f ? 0.f : 1.f / sums.weight;
-        if (first_column == 0 && lane % 4 == 0) {
-            params.lse[lse_offset(params, cut.batch, at)] = natural_lse(sums.log2_sum());
-        }
-        Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
+        if (at.exists && !(kSharesPieces && warp > 0)) {
+            float const inverse_total = sums.weight == 0.f ? 0.f : 1.f / sums.weight;
+            if (first_column == 0 && lane % 4 == 0) {
+                params.lse[lse_offset(params, cut.batch, at)] = natural_lse(sums.log2_sum());
+            }
+            Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
 #pragma unroll
-        for (int part = 0; part < kPartsAtOnce; ++part) {
+            for (int part = 0; part < kPartsAtOnce; ++part) {
 #pragma unroll
-            for (int i = 0; i < kNumbersPerThread / 2; ++i) {
-                store_columns(
-                    out + part * kBoxColumns + Numbers::column(i, lane),
-                    float2{sums.number[part][2 * i] * inverse_total, sums.number[part][2 * i + 1] * inverse_total});
+                for (int i = 0; i < kNumbersPerThread / 2; ++i) {
+                    store_columns(
+                        out + part * kBoxColumns + Numbers::column(i, lane),
+                        float2{sums.number[part][2 * i] * inverse_total, sums.number[part][2 * i + 1] * inverse_total});
+                }
             }
         }
+        number += gridDim.x;
+        if (number >= num_items) return;
+        item = OwnItem(params, cut_tiles, number);
     }
 }
 
 struct Way {
     void (*kernel)(DenseDecodeParams);
+    cudaError_t (*allow_shared_memory)(size_t);
     int parts_per_cta;
 };
 template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
 constexpr Way kWay = {split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kSharesPieces>,
+                      sm90::allow_shared_memory<split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kSharesPieces>>,
                       num_parts_per_cta(kPartsAtOnce, kSharesPieces)};
+
+// CTAs that start while the dense decode runs on some SMs would crowd on the others, up to kCtasPerSm, although they
+// are few, and there the next decode could not start early. What keeps them from it is that they ask for more shared
+// memory than they use: as much as leaves room for so many more per SM than it takes.
+constexpr int kSpareCtasPerSm = 2;
+constexpr size_t kMostSharedBytes = 110 * 1024;
+size_t shared_bytes_to_spread(int num_ctas, int num_sms) {
+    constexpr size_t kOfSm = 227 * 1024, kStaticAndReserved = 6 * 1024;
+    int const ctas_per_sm = std::min(ceil_div(num_ctas, num_sms) + kSpareCtasPerSm, kCtasPerSm);
+    return ctas_per_sm < kCtasPerSm ? kOfSm / ctas_per_sm - kStaticAndReserved : 0;
+}
 
 // By what a plan is where lengths are equal; any of them merges any plan. Tiles in many pieces, so few of them that the
 // warps have nothing else to do; tiles in few pieces; and what is between.
@@ -295,6 +333,11 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms
     config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm * num_sms)));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = grid.num_workers * sizeof(CutTile);
+    if (!grid.is_swapped()) {
+        if (cudaError_t const error = way.allow_shared_memory(kMostSharedBytes); error != cudaSuccess) return error;
+        config.dynamicSmemBytes =
+            std::max<size_t>(config.dynamicSmemBytes, shared_bytes_to_spread(config.gridDim.x, num_sms));
+    }
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
