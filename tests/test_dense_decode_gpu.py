@@ -82,7 +82,7 @@ def test_both_kernels_are_tried():
     capacity = capacity_of(torch.device("cuda"))
     grids = [worker_grid(batch_size, heads, 1, capacity) for heads in NUM_HEADS for batch_size, _ in BATCHES]
     assert {grid.rows_per_tile for grid in grids} == {16, 32, 64}
-    assert {grid.num_lanes > 1 for grid in grids if grid.is_swapped} == {False, True}
+    assert {grid.num_lanes > 1 for grid in grids if not grid.is_swapped} == {False, True}
     sizes = {grid.split_ctas for grid in grids if grid.is_swapped}
     assert sizes >= {8, 4, 2, 1}
 

@@ -93,6 +93,7 @@ DenseDecodeParams make_params(Arguments const& a, WorkerGrid const& grid) {
     params.num_heads_q = int(a.q.size(2));
     params.num_heads_kv = int(a.k_cache.size(2));
     params.num_blocks = int(a.k_cache.size(0));
+    params.block_table_columns = int(a.block_table.size(1));
     params.heads_per_group = params.num_heads_q / params.num_heads_kv;
     params.rows_per_head_kv = params.seqlen_q * params.heads_per_group;
     // With a scale of exactly 0 a masked score of -inf would become NaN; with one this small all keys still weigh the

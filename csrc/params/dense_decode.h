@@ -35,6 +35,7 @@ struct DenseDecodeParams {
     int num_heads_q;
     int num_heads_kv;
     int num_blocks;
+    int block_table_columns;
     int heads_per_group;       // num_heads_q / num_heads_kv
     int rows_per_head_kv;      // seqlen_q * heads_per_group
     float softmax_scale_log2;  // softmax_scale * log2(e), > 0

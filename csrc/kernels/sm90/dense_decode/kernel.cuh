@@ -28,6 +28,8 @@
 //   next_rows            the same; no bytes where the next  scores
 //                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
+//   early_block          who loads the first blocks         the same: what seemed to be the first block is there
+//                        + 73728 B
 //   block_full[stage]    who starts the copies of latent    scores
 //                        and of RoPE columns + 73728 B
 //   p_ready[turn]        the quads of scores                output: P, rescale factors and the page of the third next
@@ -48,6 +50,10 @@
 // through its stage (kLastOutputsBarrier). All that ordinary stores put where wgmma or a copy comes next passes a proxy
 // fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad,
 // which itself arrives at the barrier that orders it.
+//
+// Before the kernel before has ended, a CTA finds out with which piece, query rows and block it will probably begin,
+// and has a part of that block brought to the L2; as soon as it has ended they are copied, and it is found out whether
+// they are the right ones (early_block.h).
 //
 // One block: S of block i+1 is issued, and P of block i stored meanwhile; once all of it is, the tensor cores have
 // some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1.
@@ -76,6 +82,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     for (auto& p_consumed : barriers.p_consumed) p_consumed.init(8 * kQuadsPerWarp);
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
+    barriers.early_block.init(1);
     for (auto& first_rows : barriers.first_rows) first_rows.init(1);
     barriers.next_rows.init(1);
     barriers.first_pages.init(1);
@@ -105,20 +112,31 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.q));
     if (is_first_loader) prefetch_plan(params);
     __syncwarp();
-    if constexpr (Traits::kClusterSize > 1) cute::cluster_arrive();
-    wait_for_previous_kernel();
-    allow_dependent_launch();
-    if (is_first_loader) BlockLoader<Traits>{params, maps, shared}.begin();
-    if constexpr (Traits::kClusterSize > 1) {
+    cute::cluster_arrive();
+    BlockLoader<Traits> const loader{params, maps, shared};
+    // A cluster's barrier also where a CTA is alone: __syncthreads has to stand in one place.
+    auto const begin = [] {
         cute::cluster_wait();
-    } else {
-        __syncthreads();
-    }
+        wait_for_previous_kernel();
+        allow_dependent_launch();
+    };
 
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
-        ScoresMainloop<Traits>{params, maps, shared}.run();
+        Piece const likely = likely_first_piece(params);
+        begin();
+        ScoresMainloop<Traits>{params, maps, shared}.run(likely);
     } else {
+        if (is_first_loader) {
+            typename BlockLoader<Traits>::Early const early(params);
+            int page = kNoPage;
+            if (thread == 0) page = loader.look_ahead(early);
+            __syncwarp();
+            begin();
+            loader.load_first_blocks(early, page);
+        } else {
+            begin();
+        }
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
     // Nobody leaves while another CTA may still write into its shared memory.

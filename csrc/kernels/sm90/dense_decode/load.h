@@ -6,6 +6,7 @@
 
 #include "kernels/sm90/dense_decode/load_q.h"
 #include "kernels/sm90/dense_decode/traits.h"
+#include "kernels/sm90/primitives/early_block.h"
 
 namespace flash_mla::sm90 {
 
@@ -17,20 +18,49 @@ struct BlockLoader {
     DenseDecodeMaps const& maps;
     typename Traits::SharedStorage& shared;
 
-    // The first blocks are loaded by the first warp of an output warpgroup, which has nothing else to do yet: it looks
-    // up the first one before the cluster is known to be there, asks for the second when the query rows have come, so
-    // that these and the first block come first, and for the last one when the query rows have left its stage.
-    __device__ void begin() const {
-        if (thread_in_warpgroup_now() == 0) {
-            prefetch_likely_length(params);
-            shared.loads.begin(params);
+    // What seems to be the first block before the kernel before has ended: each CTA of a cluster brings a part of it to
+    // the L2. By one thread.
+    using Early = EarlyPiece<typename Traits::Pieces>;
+    __device__ int look_ahead(Early const& early) const {
+        int const page = early.exists ? early_page(params, early.piece, early.piece.begin_block) : kNoPage;
+        if (page == kNoPage) return page;
+        for (int half = 0; half < 2; ++half) {
+            if (copies_half(half))
+                prefetch_latent(maps, half * Traits::kChunksPerHalf, early.piece.place.head_kv, page);
         }
-        look_up({0}, false);
-        cute::cp_async_wait<0>();
+        prefetch_rope(maps, early.piece.place.head_kv, page);
+        return page;
     }
-    __device__ void load_first_blocks() const {
+
+    // Asks for it, for this CTA alone, as soon as the kernel before has ended, and then finds out whether it is the
+    // first one.
+    __device__ void load_first_block(Early const& early, int page) const {
+        auto const sources = early.read_again(params);
+        int const page_now = page == kNoPage ? kNoPage : early_page(params, early.piece, early.piece.begin_block);
+        if (page != kNoPage) load_first({page, early.piece.place.head_kv}, shared.barriers.early_block);
+        bool const is_right = page != kNoPage && page_now == page && early.is_from(sources);
+        if (is_right) {
+            shared.loads.begin(params, shared.pieces, early, page, shared.order[0]);
+        } else {
+            shared.loads.begin(params);
+            look_up_one({0});
+            cute::cp_async_wait<0>();
+        }
+        if (page != kNoPage) shared.barriers.early_block.wait(0);
+        LoadOrder const order = shared.order[0];
+        if (order.head_kv == LoadOrder::kNothing) return;
+        auto& full = shared.barriers.block_full[0];
+        if (!is_right) load_first(order, full);
+        for (int i = is_right ? 0 : 1; i < kArrivals; ++i) full.arrive();
+    }
+
+    // The first blocks are loaded by the first warp of an output warpgroup, which has nothing else to do yet. It asks
+    // for the second when the query rows have come, so that these and the first block come first, and for the last one
+    // when the query rows have left its stage.
+    __device__ void load_first_blocks(Early const& early, int page) const {
         bool const is_loading_thread = thread_in_warpgroup_now() == 0;
-        if (is_loading_thread) load_own_share({0});
+        if (is_loading_thread) load_first_block(early, page);
+        __syncwarp();
 #pragma unroll 1
         for (uint32_t block = 1; block < Traits::kNumStages; ++block) look_up({block});
         cute::cp_async_wait<0>();
@@ -47,11 +77,10 @@ struct BlockLoader {
 
     // By one warp at a time. The query rows of the piece that begins with the block are fetched into the L2, unless
     // they are loaded right away or no map describes them.
-    __device__ void look_up(BlockPosition<Traits> const& block, bool fetches_q = true) const {
+    __device__ void look_up(BlockPosition<Traits> const& block) const {
         if (thread_in_warpgroup_now() % 32 == 0) {
-            bool const enters_piece = shared.loads.look_up(params, shared.pieces,
-                                                           [&]() -> LoadOrder& { return shared.order[block.order()]; });
-            if (enters_piece && fetches_q && maps.has_q) prefetch_q<Traits>(maps.q, shared.pieces.latest());
+            bool const enters_piece = look_up_one(block);
+            if (enters_piece && maps.has_q) prefetch_q<Traits>(maps.q, shared.pieces.latest());
         }
         __syncwarp();
     }
@@ -62,9 +91,7 @@ struct BlockLoader {
         if (order.head_kv == LoadOrder::kNothing) return;
         auto& full = shared.barriers.block_full[block.stage()];
         full.arrive_and_expect_tx(Traits::kChunkBytes);
-        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(),
-                                     shared.rope_or_p[block.rope_place()],
-                                     Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv, order.page);
+        copy_rope(order, reinterpret_cast<uint64_t*>(&full), block.rope_place());
     }
 
     // Loads half of a block once the whole cluster has consumed what was there. By one thread of the CTA that copies
@@ -79,12 +106,34 @@ struct BlockLoader {
 private:
     static constexpr uint16_t kToAll = (1 << Traits::kClusterSize) - 1;
 
+    static constexpr int kArrivals = Traits::kHalvesPerCta + 1;  // at block_full
+
+    __device__ bool look_up_one(BlockPosition<Traits> const& block) const {
+        return shared.loads.look_up(params, shared.pieces, [&]() -> LoadOrder& { return shared.order[block.order()]; });
+    }
+
+    // The whole first block, for this CTA alone.
+    __device__ void load_first(LoadOrder const& order, TransactionBarrier& full) const {
+        full.arrive_and_expect_tx(Traits::kNumChunks * Traits::kChunkBytes);
+        auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
+        for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kChunksPerHalf) {
+            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, cache_hint(), shared.latent[0][chunk], 0, 0,
+                                         chunk, order.head_kv, order.page);
+        }
+        copy_rope(order, bytes_arrived, 0);
+    }
+
     // What this CTA copies of a block, to where nothing has been yet.
     __device__ void load_own_share(BlockPosition<Traits> const& block) const {
         for (int half = 0; half < 2; ++half) {
             if (copies_half(half)) load_half(block, half);
         }
         load_rope(block);
+    }
+
+    __device__ void copy_rope(LoadOrder const& order, uint64_t* bytes_arrived, uint32_t place) const {
+        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, cache_hint(), shared.rope_or_p[place],
+                                     Traits::kLatentChunks * Traits::kChunkColumns, 0, order.head_kv, order.page);
     }
 
     // KV that several clusters read should stay in the L2 until the last of them has it.

@@ -4,6 +4,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kernels/sm90/dense_decode/piece_queue.h"
+#include "kernels/sm90/primitives/early_block.h"
 
 namespace flash_mla::sm90 {
 
@@ -20,10 +21,21 @@ struct LoadOrder {
 template <typename Pieces>
 class LoadCursor {
 public:
+    // With a piece that is known, and where its first block is.
+    __device__ void begin(DenseDecodeParams const& params, PieceQueue& queue, EarlyPiece<Pieces> const& early, int page,
+                          LoadOrder& order) {
+        pieces_ = early.pieces;
+        queue.next() = early.piece;
+        queue.publish_next();
+        Position at = begin_of(params, early.piece);
+        order = {page, at.head_kv};
+        ++at.pages;
+        --at.blocks_left;
+        at_ = at;
+    }
     __device__ void begin(DenseDecodeParams const& params) {
         pieces_ = Pieces(params);
         at_ = {nullptr, 0, 0};
-        pieces_.prefetch(params);
     }
 
     // Starts to look up the next block: the page is in the order after cp_async_wait, nobody stalls on the block table.
@@ -55,14 +67,18 @@ private:
         int head_kv;
     };
 
+    __device__ static Position begin_of(DenseDecodeParams const& params, Piece const& piece) {
+        return {params.block_table + piece.batch * params.block_table_stride + piece.begin_block, piece.num_blocks(),
+                piece.place.head_kv};
+    }
+
     __device__ Position enter_next_piece(DenseDecodeParams const& params, PieceQueue& queue) {
         Piece& piece = queue.next();
         Position begin = {nullptr, 0, LoadOrder::kNothing};
         if (!next_with_keys(pieces_, params, piece)) {
             piece.batch = Piece::kEnd;
         } else {
-            begin = {params.block_table + piece.batch * params.block_table_stride + piece.begin_block,
-                     piece.num_blocks(), piece.place.head_kv};
+            begin = begin_of(params, piece);
         }
         queue.publish_next();
         return begin;

@@ -26,9 +26,6 @@ struct OutputMainloop {
     uint32_t piece_count = 0;
 
     __device__ void run() {
-        if (role == WarpgroupRole::kOutputLow && thread < 32) {
-            loader().load_first_blocks();
-        }
         for (;; ++piece_count) {
             cutlass::arch::NamedBarrier::sync(3 * 128, kRowsBarrier);
             if (shared.pieces.wait(piece_count).is_end()) return;

@@ -37,8 +37,9 @@ struct ScoresMainloop {
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q;
 
-    __device__ void run() {
-        load_first_q();
+    // likely: the first piece, as it seemed to be before the kernel before had ended.
+    __device__ void run(Piece const& likely) {
+        load_first_q(likely);
         while (!next_piece().is_end()) {
             OnlineSoftmax softmax;
             write_all_probabilities(softmax);
@@ -94,18 +95,18 @@ private:
         release_probabilities();
     }
 
-    __device__ void load_first_q() {
-        // Asked for before the length is known; again where there turn out to be no keys.
-        Piece const likely = likely_first_piece(params);
+    __device__ void load_first_q(Piece const& likely) {
+        auto& first_rows = shared.barriers.first_rows;
         if (!likely.is_end()) {
-            auto& first_rows = shared.barriers.first_rows;
             q.begin_loading(params, maps, shared, likely, kFirstRowsStage, first_rows[0]);
-            Piece const& piece = next_piece();
-            first_rows[0].wait(0);
-            if (!piece.is_end() && !piece.is_of_tile(likely)) {
-                q.begin_loading(params, maps, shared, piece, kFirstRowsStage, first_rows[1]);
-                first_rows[1].wait(0);
-            }
+        } else if (thread_in_warpgroup_now() == 0) {
+            first_rows[0].arrive();
+        }
+        Piece const& piece = next_piece();
+        first_rows[0].wait(0);
+        if (!piece.is_end() && !piece.is_of_tile(likely)) {
+            q.begin_loading(params, maps, shared, piece, kFirstRowsStage, first_rows[1]);
+            first_rows[1].wait(0);
         }
         q.load_staged(shared, kFirstRowsStage);
         leave_stage(kFirstRowsStage);

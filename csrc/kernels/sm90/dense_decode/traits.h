@@ -76,6 +76,7 @@ struct DenseDecodeTraits {
     __device__ static int rank() { return kClusterSize == 1 ? 0 : cute::block_rank_in_cluster(); }
 
     struct Barriers {
+        TransactionBarrier early_block;  // copied before it was known to be the first one
         TransactionBarrier block_full[kNumStages];
         Barrier p_ready[2], p_consumed[2];  // blocks take turns
         Barrier consumed[kNumStages][2];    // per half of the latent columns, in the CTA that copies it

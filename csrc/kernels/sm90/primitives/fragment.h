@@ -16,11 +16,12 @@ inline constexpr int kRowsPerThread = 2;
 
 // The thread's number in its warpgroup, read anew where it is asked for, so that nothing that follows from it occupies
 // registers between.
-__device__ inline int thread_in_warpgroup_now() {
+__device__ inline uint32_t thread_now() {
     uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
-    return int(thread % 128);
+    return thread;
 }
+__device__ inline int thread_in_warpgroup_now() { return int(thread_now() % 128); }
 
 // What the first lane of each quad reads, for all of the quad.
 template <typename T>

@@ -57,20 +57,41 @@ struct Piece {
     }
 };
 
-// This worker's row of the plan, in two halves.
-__device__ inline int4 const* row_words(DenseDecodeParams const& params) {
-    return reinterpret_cast<int4 const*>(params.metadata + worker_now());
+// How the plan and the lengths are read. Past the L1, which would keep what is old, as long as the kernel before may
+// write them.
+struct ThroughL1 {
+    template <typename Value>
+    __device__ static Value load(Value const* from) {
+        return __ldg(from);
+    }
+};
+struct PastL1 {
+    template <typename Value>
+    __device__ static Value load(Value const* from) {
+        return __ldcg(from);
+    }
+};
+
+// This worker's row of the plan.
+template <typename Load = ThroughL1>
+__device__ WorkerRow read_row(DenseDecodeParams const& params) {
+    auto const* const words = reinterpret_cast<int4 const*>(params.metadata + worker_now());
+    int4 const begin = Load::load(words), end = Load::load(words + 1);
+    return {begin.x, begin.y, begin.z, begin.w, end.x, end.y, end.z, end.w};
+}
+
+// Whether there is such a tile: not in a plan for other shapes.
+__device__ inline bool has_tile(DenseDecodeParams const& params, int batch, int tile) {
+    return uint32_t(batch) < uint32_t(params.batch_size) && uint32_t(tile) < uint32_t(params.grid.tiles_per_request);
 }
 
 // A piece of the tile in which this worker begins, known before any length: the first one, unless that has no keys.
 __device__ inline Piece likely_first_piece(DenseDecodeParams const& params) {
-    int4 const begin = __ldg(row_words(params));
-    int const num_pieces = __ldg(row_words(params) + 1).z;
+    WorkerRow const row = read_row<PastL1>(params);
+    bool const exists = row.num_pieces > 0 && has_tile(params, row.begin_batch, row.begin_tile);
     Piece piece;
-    // Not of a plan for other shapes.
-    bool const exists = num_pieces > 0 && begin.x < params.batch_size && begin.y < params.grid.tiles_per_request;
-    piece.batch = exists ? begin.x : Piece::kEnd;
-    piece.place = tile_place(params.grid, begin.y, lane_now());
+    piece.batch = exists ? row.begin_batch : Piece::kEnd;
+    piece.place = tile_place(params.grid, row.begin_tile, lane_now());
     return piece;
 }
 
@@ -91,57 +112,53 @@ template <int kRowsPerTile, int kLanesInCluster>
 class PieceCursor {
 public:
     PieceCursor() = default;
-    __device__ explicit PieceCursor(DenseDecodeParams const& params) {
-        int4 const begin = __ldg(row_words(params));
-        batch_ = begin.x;
-        tile_ = begin.y;
-        index_ = 0;
-    }
+    __device__ explicit PieceCursor(WorkerRow const& row) : batch_(row.begin_batch), tile_(row.begin_tile), index_(0) {}
+    __device__ explicit PieceCursor(DenseDecodeParams const& params) : PieceCursor(read_row(params)) {}
 
-    // Brings the length and the first page of the first piece to the L2, both at once.
-    __device__ void prefetch(DenseDecodeParams const& params) const {
-        if (batch_ >= params.batch_size) return;
-        int const begin_block = __ldg(row_words(params)).z;
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(params.cache_seqlens + batch_) : "memory");
-        asm volatile(
-            "prefetch.global.L2 [%0];\n" ::"l"(params.block_table + batch_ * params.block_table_stride + begin_block)
-            : "memory");
-    }
-
-    // Returns false when there is none left.
+    // Returns false when there is none left. The row is read again for every piece: it stays in the L1, and registers
+    // are dearer.
     __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
-        WorkerGrid const& grid = params.grid;
-        int const worker = worker_now(), lane = lane_now();
         for (;;) {
-            // Read again for every piece: it stays in the L1, and registers are dearer.
-            int4 const begin = __ldg(row_words(params)), end = __ldg(row_words(params) + 1);
-            WorkerRow const row{begin.x, begin.y, begin.z, begin.w, end.x, end.y, end.z, end.w};
-            if (index_ >= row.num_pieces) return false;
-            // Of a plan for other shapes.
-            if (batch_ >= params.batch_size || tile_ >= grid.tiles_per_request) return false;
-
-            bool const continued = index_ == 0 && row.begin_block > 0;
-            bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
-            int const seqlen = max(__ldg(params.cache_seqlens + batch_), 0);
-            int const num_blocks = num_blocks_of(seqlen);
-            piece.batch = batch_;
-            piece.place = tile_place(grid, tile_, lane);
-            piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
-            piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
-            piece.seqlen = seqlen;
-            piece.slot = continued || continues ? partial_slot(worker, index_ == 0) : Piece::kWholeTile;
-
-            ++index_;
-            if (++tile_ == grid.tiles_per_request) {
-                tile_ = 0;
-                ++batch_;
-            }
-            int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
-            if ((piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv) return true;
+            WorkerRow const row = read_row(params);
+            if (!has_next(params, row)) return false;
+            if (enter<ThroughL1>(params, row, piece)) return true;
         }
     }
 
+    // The first piece, as it seems to be before the kernel before has ended. Returns false if it is none for this lane.
+    __device__ bool look_ahead(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
+        return has_next(params, row) && enter<PastL1>(params, row, piece);
+    }
+
 private:
+    __device__ bool has_next(DenseDecodeParams const& params, WorkerRow const& row) const {
+        return index_ < row.num_pieces && has_tile(params, batch_, tile_);
+    }
+
+    template <typename Load>
+    __device__ bool enter(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
+        WorkerGrid const& grid = params.grid;
+        int const worker = worker_now(), lane = lane_now();
+        bool const continued = index_ == 0 && row.begin_block > 0;
+        bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
+        int const seqlen = max(Load::load(params.cache_seqlens + batch_), 0);
+        int const num_blocks = num_blocks_of(seqlen);
+        piece.batch = batch_;
+        piece.place = tile_place(grid, tile_, lane);
+        piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
+        piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
+        piece.seqlen = seqlen;
+        piece.slot = continued || continues ? partial_slot(worker, index_ == 0) : Piece::kWholeTile;
+
+        ++index_;
+        if (++tile_ == grid.tiles_per_request) {
+            tile_ = 0;
+            ++batch_;
+        }
+        int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
+        return (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
+    }
+
     int batch_, tile_, index_;
 };
 

@@ -5,6 +5,8 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cutlass/arch/barrier.h>
 
+#include "kernels/sm90/primitives/dependent_launch.h"
+#include "kernels/sm90/primitives/early_block.h"
 #include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
@@ -39,8 +41,13 @@ protected:
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
     __device__ int num_ctas() const { return params.grid.split_ctas; }
-    // Alone, a CTA has nobody to wait for, and stores are all it takes.
-    __device__ bool is_alone() const { return num_ctas() == 1; }
+    // Alone, a CTA has nobody to wait for, and stores are all it takes. Asked anew each time, so that the answer
+    // occupies no register between.
+    __device__ bool is_alone() const {
+        int num_ctas;
+        asm volatile("mov.b32 %0, %1;\n" : "=r"(num_ctas) : "r"(params.grid.split_ctas));
+        return num_ctas == 1;
+    }
     __device__ static void sync_consumers() { cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, 1); }
     __device__ void sync_group() const { cutlass::arch::NamedBarrier::sync(128, 2 + group); }
     __device__ QueryRow query_row_of(Piece const& piece, int row) const {
@@ -52,6 +59,26 @@ protected:
     // The i-th of the rows whose softmax this thread takes part in.
     __device__ int own_row(int i) const {
         return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
+    }
+
+    // Enters the first piece and asks for its query rows: as soon as the kernel before has ended, if it is as it seemed
+    // to be before. Returns whether there is one.
+    __device__ bool begin(typename Traits::Pieces& pieces, Piece& piece) const {
+        EarlyPiece<typename Traits::Pieces> const early(params);
+        wait_for_previous_kernel();
+        allow_dependent_launch();
+        auto const sources = early.read_again(params);
+        pieces = early.pieces, piece = early.piece;
+        bool has_piece = early.exists, is_known = false;
+#pragma unroll 1
+        for (;;) {
+            if (has_piece) load_q(piece);
+            if (is_known || early.is_from(sources)) return has_piece;
+            cute::cp_async_wait<0>();
+            pieces = typename Traits::Pieces(params);
+            has_piece = next_with_keys(pieces, piece);
+            is_known = true;
+        }
     }
 
     // Writes what pieces without keys get on the way.

@@ -24,12 +24,10 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
     float waiting_log2_sum[2][kRowTiles][kRowsOfTile];  // of these, and of what is in shared memory
 
     __device__ void run() {
-        typename Traits::Pieces pieces(params);
+        typename Traits::Pieces pieces;
         Piece piece;
-        bool has_piece = this->next_with_keys(pieces, piece);
+        bool has_piece = this->begin(pieces, piece);
         if (!has_piece) return;
-        this->load_q(piece);
-        cute::cluster_wait();
         bool are_rows_new = true;
         while (has_piece) {
             Outputs outputs;

@@ -26,6 +26,7 @@
 //   the rest               statistics of the rows, weights, barriers
 //
 // Barriers (mbarriers)   arrivals                        waited for by
+//   early_block          the producer + 73728 B          the producer: what seemed to be the first block is there
 //   block_full[stage]    the producer + 73728 B          consumers
 //   block_empty[stage]   8 consumer warps                the producer
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
@@ -33,6 +34,10 @@
 // clang-format on
 // Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment and a CTA is alone: it folds what
 // it has of a tile as it goes (segments.h).
+//
+// Before the kernel before has ended, a CTA finds out with which piece and blocks it will probably begin, and has the
+// blocks brought to the L2; as soon as it has ended, query rows and first block are copied, and it is found out whether
+// they are the right ones (early_block.h).
 //
 // Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
 // that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.
@@ -59,6 +64,7 @@ __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int n
         barriers.block_full[stage].init(1);
         barriers.block_empty[stage].init(Traits::kConsumerThreads / 32);
     }
+    barriers.early_block.init(1);
     barriers.may_send.init(num_ctas);
     barriers.received.init(1);
 }
@@ -74,11 +80,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.latent));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.rope));
     }
-    // Other CTAs are waited for where something is first sent to them.
     cute::cluster_arrive_relaxed();
     __syncthreads();
-    wait_for_previous_kernel();
-    allow_dependent_launch();
 
     int const rank = cute::block_rank_in_cluster();
     int const group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -87,6 +90,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         __syncwarp();
         cute::cluster_wait();
     } else {
+        cute::cluster_wait();
         using Consumer = std::conditional_t<Traits::kSummation == Summation::kBySegments, FoldingConsumer<Traits>,
                                             MergingConsumer<Traits>>;
         Consumer consumer{{params, shared, group, int(threadIdx.x % 128), rank}};

@@ -17,13 +17,11 @@ struct MergingConsumer : SwappedConsumer<Traits> {
     uint32_t piece_count = 0;
 
     __device__ void run() {
-        typename Traits::Pieces pieces(params);
+        typename Traits::Pieces pieces;
         Piece piece;
-        bool has_piece = this->next_with_keys(pieces, piece);
+        bool has_piece = this->begin(pieces, piece);
         if (!has_piece) return;
         clear_statistics();
-        this->load_q(piece);
-        cute::cluster_wait();
         while (has_piece) {
             Outputs outputs;
             BlockRange const blocks(piece, rank, num_ctas());
@@ -74,7 +72,7 @@ private:
 
     // What CTAs that do not exist have seen: no key.
     __device__ void clear_statistics() const {
-        int const i = group * 128 + thread;
+        int const i = int(thread_now());
         if (i >= num_ctas() * kRows && i < kMaxSplitCtas * kRows)
             shared.received_statistics[i / kRows][i % kRows] = float4{kMinusInfinity, 0.f, 0.f, 0.f};
     }
@@ -86,7 +84,7 @@ private:
 
     // Of the finite outputs of each row, for the exponent that they are sent with; before a barrier of all consumers.
     __device__ void share_largest(Outputs const& outputs) const {
-        int const thread = thread_in_warpgroup_now();  // what follows from it occupies no registers between
+        int const thread = int(thread_now());  // what follows from it occupies no registers between
 #pragma unroll
         for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
@@ -101,8 +99,7 @@ private:
 #pragma unroll
                 for (int distance = 4; distance < 32; distance *= 2)
                     largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
-                if (thread % 32 < 4)
-                    shared.largest_output[fragment_column(thread, tile) + c][group * 4 + thread / 32] = largest;
+                if (thread % 32 < 4) shared.largest_output[fragment_column(thread, tile) + c][thread / 32] = largest;
             }
         }
     }
@@ -126,7 +123,7 @@ private:
         shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
         uint32_t const barrier = shared_address(shared.barriers.received);
 #pragma unroll 1
-        for (int i = group * 128 + thread; i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
+        for (int i = int(thread_now()); i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
             int const row = i % kRows, target = i / kRows;
             float2 const statistics = this->statistics(row);
             float const scale = __uint_as_float(exponent_of(row) << 23);
@@ -183,7 +180,7 @@ private:
                 store(piece, group * Traits::kChunksPerGroup + m, tile, sum);
             }
         }
-        if (int const row = group * 128 + thread; row < kRows) {
+        if (int const row = int(thread_now()); row < kRows) {
             float2 const statistics = this->statistics(row);
             this->store_lse(piece, row, statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x);
         }
@@ -192,7 +189,7 @@ private:
     // Weight of what each CTA has sent of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
     __device__ float weigh() const {
         static_assert(kMaxSplitCtas * kRows <= Traits::kConsumerThreads);
-        int const row = thread % kRows, sender = (group * 128 + thread) / kRows;
+        int const row = thread_now() % kRows, sender = thread_now() / kRows;
         if (sender >= kMaxSplitCtas) return 0.f;
         float4 from[kMaxSplitCtas];  // reference, sum and scale
 #pragma unroll
@@ -220,7 +217,7 @@ private:
             add_from_senders(i, num_active, sum);
             store(piece, i / kRowTiles * num_ctas() + rank, i % kRowTiles, sum);
         }
-        if (int const row = group * 128 + thread; rank == 0 && row < kRows) this->store_lse(piece, row, lse_log2);
+        if (int const row = int(thread_now()); rank == 0 && row < kRows) this->store_lse(piece, row, lse_log2);
     }
 
     // The i-th tile of 8 rows and 64 columns of those that this CTA merges.

@@ -56,6 +56,7 @@ struct SwappedDecodeTraits {
         decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
 
     struct Barriers {
+        TransactionBarrier early_block;  // copied before it was known to be the first one
         TransactionBarrier block_full[kNumStages];
         Barrier block_empty[kNumStages];
         Barrier may_send;             // every CTA of the cluster is done with its query rows, whose place results take

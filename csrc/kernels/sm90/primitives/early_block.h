@@ -1,0 +1,57 @@
+// What a CTA can know before the kernel before has ended: with which piece and block it probably begins.
+//
+// The plan, the lengths and the block table may be written until then. So what is read earlier is good for copies that
+// are made again where it turns out to have been wrong, and for nothing else; it is read past the L1 (pieces.h), and is
+// within bounds whatever it says. When the kernel before has ended, it is read again, all at once, as nothing has to be
+// followed any more, and before any copy is asked for, behind whose bytes it would wait.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "kernels/sm90/primitives/k_maps.h"
+#include "kernels/sm90/primitives/pieces.h"
+
+namespace flash_mla::sm90 {
+
+template <typename Pieces>
+struct EarlyPiece {
+    struct Sources {
+        WorkerRow row;
+        int seqlen;
+    };
+
+    Sources sources;
+    Pieces pieces;  // what follows
+    Piece piece;
+    bool exists;  // and has keys
+
+    __device__ explicit EarlyPiece(DenseDecodeParams const& params) : pieces(sources.row = read_row<PastL1>(params)) {
+        exists = pieces.look_ahead(params, sources.row, piece) && !piece.is_empty();
+        sources.seqlen = piece.seqlen;
+    }
+    __device__ Sources read_again(DenseDecodeParams const& params) const {
+        return {read_row<PastL1>(params), exists ? PastL1::load(params.cache_seqlens + piece.batch) : 0};
+    }
+    __device__ bool is_from(Sources const& now) const {
+        return exists && now.row == sources.row && now.seqlen == sources.seqlen;
+    }
+};
+
+// The page of a block of a piece, or kNoPage if there is none.
+inline constexpr int kNoPage = -1;
+__device__ inline int early_page(DenseDecodeParams const& params, Piece const& piece, int block) {
+    if (uint32_t(block) >= uint32_t(min(piece.end_block, params.block_table_columns))) return kNoPage;
+    int const page = PastL1::load(params.block_table + piece.batch * params.block_table_stride + block);
+    return uint32_t(page) < uint32_t(params.num_blocks) ? page : kNoPage;
+}
+
+// Four chunks of a block's latent columns, and its RoPE columns, to the L2.
+__device__ inline void prefetch_latent(KMaps const& maps, int chunk, int head_kv, int page) {
+    cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&maps.latent, 0, 0, chunk, head_kv, page);
+}
+__device__ inline void prefetch_rope(KMaps const& maps, int head_kv, int page) {
+    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&maps.rope, kKLatentChunks * kKChunkColumns, 0, head_kv, page);
+}
+
+}  // namespace flash_mla::sm90
