@@ -15,7 +15,8 @@ dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, nu
         num_heads_kv, 576) of the same dtype. Both contiguous in the last dimension, other strides any multiples of 8
         elements, addresses multiples of 16 bytes.
     block_table: (batch_size, max_blocks) int32, rows contiguous and any distance apart; never read past
-        ceil(cache_seqlens[i] / 64) entries of row i.
+        ceil(cache_seqlens[i] / 64) entries of row i, nor past max_blocks where a kernel that allowed this one to start
+        early is still writing the lengths.
     cache_seqlens: (batch_size,) int32, contiguous; 0 and less stand for a request without tokens.
     tile_scheduler_metadata, num_splits: a plan for the same batch size, seqlen_q and head counts. The lengths are
         taken from cache_seqlens: a plan for other lengths costs balance only.
