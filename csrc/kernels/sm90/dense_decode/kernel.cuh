@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
-        Piece const likely = likely_first_piece(params);
         begin();
+        // Behind the wait, since all warps have to find the same.
+        Piece const likely = likely_first_piece(params);
         ScoresMainloop<Traits>{params, maps, shared}.run(likely);
     } else {
         if (is_first_loader) {

@@ -37,7 +37,7 @@ struct ScoresMainloop {
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q;
 
-    // likely: the first piece, as it seemed to be before the kernel before had ended.
+    // likely: of the tile of the first piece, unless that has no keys; the same for all threads.
     __device__ void run(Piece const& likely) {
         load_first_q(likely);
         while (!next_piece().is_end()) {

@@ -29,15 +29,6 @@ __device__ inline void prefetch_plan(DenseDecodeParams const& params) {
     if (lane * kLengthsPerLine < params.batch_size) prefetch(params.cache_seqlens + lane * kLengthsPerLine);
 }
 
-// Brings the length of the request that this worker most likely begins with to the L1, while its row of the plan is on
-// its way. By one thread, when the kernel before has ended.
-__device__ inline void prefetch_likely_length(DenseDecodeParams const& params) {
-    float const share = __fdividef(float(worker_now()), float(params.grid.num_workers));
-    int const batch = min(int(share * float(params.batch_size)), params.batch_size - 1);
-    [[maybe_unused]] int length;  // in the cache from then on
-    asm volatile("ld.global.nc.b32 %0, [%1];\n" : "=r"(length) : "l"(params.cache_seqlens + batch));
-}
-
 struct Piece {
     static constexpr int kWholeTile = -1;
     static constexpr int kEnd = -1;
