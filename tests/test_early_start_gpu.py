@@ -32,7 +32,6 @@ class State:
     """All that a decode reads, in one buffer."""
 
     def __init__(self, parts: dict[str, Tensor]):
-        self.words = torch.zeros(0, dtype=torch.int32, device="cuda")
         sizes = {name: part.numel() * part.element_size() // 4 for name, part in parts.items()}
         self.begin, total = {}, 0
         for name, size in sizes.items():

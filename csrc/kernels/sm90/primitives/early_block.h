@@ -21,21 +21,18 @@ struct EarlyPiece {
         int seqlen;
     };
 
-    Sources sources;
+    WorkerRow row;
     Pieces pieces;  // what follows
     Piece piece;
     bool exists;  // and has keys
 
-    __device__ explicit EarlyPiece(DenseDecodeParams const& params) : pieces(sources.row = read_row<PastL1>(params)) {
-        exists = pieces.look_ahead(params, sources.row, piece) && !piece.is_empty();
-        sources.seqlen = piece.seqlen;
+    __device__ explicit EarlyPiece(DenseDecodeParams const& params) : row(read_row<PastL1>(params)), pieces(row) {
+        exists = pieces.look_ahead(params, row, piece) && !piece.is_empty();
     }
     __device__ Sources read_again(DenseDecodeParams const& params) const {
         return {read_row<PastL1>(params), exists ? PastL1::load(params.cache_seqlens + piece.batch) : 0};
     }
-    __device__ bool is_from(Sources const& now) const {
-        return exists && now.row == sources.row && now.seqlen == sources.seqlen;
-    }
+    __device__ bool is_from(Sources const& now) const { return exists && now.row == row && now.seqlen == piece.seqlen; }
 };
 
 // The page of a block of a piece, or kNoPage if there is none.

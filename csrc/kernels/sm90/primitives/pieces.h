@@ -86,6 +86,22 @@ __device__ inline Piece likely_first_piece(DenseDecodeParams const& params) {
     return piece;
 }
 
+// A tile of a worker's stretch of the plan, and which of them it is.
+struct TileOfWorker {
+    int batch, tile, index;
+
+    __device__ bool is_in(WorkerRow const& row, DenseDecodeParams const& params) const {
+        return index < row.num_pieces && has_tile(params, batch, tile);
+    }
+    __device__ void advance(WorkerGrid const& grid) {
+        ++index;
+        if (++tile == grid.tiles_per_request) {
+            tile = 0;
+            ++batch;
+        }
+    }
+};
+
 // The next piece that has keys.
 template <typename Cursor>
 __device__ bool next_with_keys(Cursor& pieces, DenseDecodeParams const& params, Piece& piece) {
@@ -103,7 +119,7 @@ template <int kRowsPerTile, int kLanesInCluster>
 class PieceCursor {
 public:
     PieceCursor() = default;
-    __device__ explicit PieceCursor(WorkerRow const& row) : batch_(row.begin_batch), tile_(row.begin_tile), index_(0) {}
+    __device__ explicit PieceCursor(WorkerRow const& row) : at_{row.begin_batch, row.begin_tile, 0} {}
     __device__ explicit PieceCursor(DenseDecodeParams const& params) : PieceCursor(read_row(params)) {}
 
     // Returns false when there is none left. The row is read again for every piece: it stays in the L1, and registers
@@ -111,46 +127,38 @@ public:
     __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
         for (;;) {
             WorkerRow const row = read_row(params);
-            if (!has_next(params, row)) return false;
+            if (!at_.is_in(row, params)) return false;
             if (enter<ThroughL1>(params, row, piece)) return true;
         }
     }
 
     // The first piece, as it seems to be before the kernel before has ended. Returns false if it is none for this lane.
     __device__ bool look_ahead(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
-        return has_next(params, row) && enter<PastL1>(params, row, piece);
+        return at_.is_in(row, params) && enter<PastL1>(params, row, piece);
     }
 
 private:
-    __device__ bool has_next(DenseDecodeParams const& params, WorkerRow const& row) const {
-        return index_ < row.num_pieces && has_tile(params, batch_, tile_);
-    }
-
     template <typename Load>
     __device__ bool enter(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
         WorkerGrid const& grid = params.grid;
         int const worker = worker_now(), lane = lane_now();
-        bool const continued = index_ == 0 && row.begin_block > 0;
-        bool const continues = index_ == row.num_pieces - 1 && row.last_worker != worker;
-        int const seqlen = max(Load::load(params.cache_seqlens + batch_), 0);
+        bool const continued = at_.index == 0 && row.begin_block > 0;
+        bool const continues = at_.index == row.num_pieces - 1 && row.last_worker != worker;
+        int const seqlen = max(Load::load(params.cache_seqlens + at_.batch), 0);
         int const num_blocks = num_blocks_of(seqlen);
-        piece.batch = batch_;
-        piece.place = tile_place(grid, tile_, lane);
+        piece.batch = at_.batch;
+        piece.place = tile_place(grid, at_.tile, lane);
         piece.begin_block = continued ? min(row.begin_block, num_blocks) : 0;
         piece.end_block = continues ? min(row.end_block, num_blocks) : num_blocks;
         piece.seqlen = seqlen;
-        piece.slot = continued || continues ? partial_slot(worker, index_ == 0) : Piece::kWholeTile;
+        piece.slot = continued || continues ? partial_slot(worker, at_.index == 0) : Piece::kWholeTile;
 
-        ++index_;
-        if (++tile_ == grid.tiles_per_request) {
-            tile_ = 0;
-            ++batch_;
-        }
+        at_.advance(grid);
         int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
         return (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
     }
 
-    int batch_, tile_, index_;
+    TileOfWorker at_;
 };
 
 }  // namespace flash_mla::sm90

@@ -19,50 +19,46 @@ template <int kRowsPerTile, int kLanesInCluster>
 class SegmentCursor {
 public:
     SegmentCursor() = default;
-    __device__ explicit SegmentCursor(WorkerRow const& row)
-        : batch_(row.begin_batch), tile_(row.begin_tile), index_(0), segment_(0) {}
+    __device__ explicit SegmentCursor(WorkerRow const& row) : at_{row.begin_batch, row.begin_tile, 0}, segment_(0) {}
     __device__ explicit SegmentCursor(DenseDecodeParams const& params) : SegmentCursor(read_row(params)) {}
 
     // Returns false when there is none left.
     __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
         for (;;) {
             WorkerRow const row = read_row(params);
-            if (!has_next(params, row)) return false;
+            if (!at_.is_in(row, params)) return false;
             if (enter<ThroughL1>(params, row, piece)) return true;
-            enter_next_tile(params.grid);
+            segment_ = 0;
+            at_.advance(params.grid);
         }
     }
 
     // The first segment, as it seems to be before the kernel before has ended. Returns false if it is none for this
     // lane.
     __device__ bool look_ahead(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
-        return has_next(params, row) && enter<PastL1>(params, row, piece);
+        return at_.is_in(row, params) && enter<PastL1>(params, row, piece);
     }
 
 private:
-    __device__ bool has_next(DenseDecodeParams const& params, WorkerRow const& row) const {
-        return index_ < row.num_pieces && has_tile(params, batch_, tile_);
-    }
-
     // The next segment of the current tile, if there is one for this worker and lane.
     template <typename Load>
     __device__ bool enter(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
         WorkerGrid const& grid = params.grid;
-        int const seqlen = max(Load::load(params.cache_seqlens + batch_), 0);
+        int const seqlen = max(Load::load(params.cache_seqlens + at_.batch), 0);
         int const num_blocks = num_blocks_of(seqlen);
         int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(kRowsPerTile));
         // Bounds for plans that are not of this kind.
-        int const begin_place = index_ == 0 ? min(max(row.begin_block, 0), kMaxSegments) : 0;
-        int const end_place = index_ == row.num_pieces - 1 ? min(row.end_block, kMaxSegments) : kMaxSegments;
+        int const begin_place = at_.index == 0 ? min(max(row.begin_block, 0), kMaxSegments) : 0;
+        int const end_place = at_.index == row.num_pieces - 1 ? min(row.end_block, kMaxSegments) : kMaxSegments;
         int const num_granules = num_granules_now(grid);
         int const first_segment = segment_at(begin_place, segment_bits, num_granules);
         int const end_segment = segment_at(end_place, segment_bits, num_granules);
         int const segment = max(segment_, first_segment);
-        piece.place = tile_place(grid, tile_, lane_now());
+        piece.place = tile_place(grid, at_.tile, lane_now());
         int const lane_in_cluster = kLanesInCluster == 1 ? 0 : int(cute::block_rank_in_cluster());
         bool const has_rows = (piece.place.m_tile - lane_in_cluster) * kRowsPerTile < params.rows_per_head_kv;
         if (segment >= end_segment || !has_rows) return false;
-        piece.batch = batch_;
+        piece.batch = at_.batch;
         piece.begin_block = segment_begin(segment, segment_bits, num_blocks);
         piece.end_block = segment_begin(segment + 1, segment_bits, num_blocks);
         piece.seqlen = seqlen;
@@ -72,16 +68,8 @@ private:
         return true;
     }
 
-    __device__ void enter_next_tile(WorkerGrid const& grid) {
-        segment_ = 0;
-        ++index_;
-        if (++tile_ == grid.tiles_per_request) {
-            tile_ = 0;
-            ++batch_;
-        }
-    }
-
-    int batch_, tile_, index_, segment_;
+    TileOfWorker at_;
+    int segment_;
 };
 
 template <Summation kSummation, int kRowsPerTile, int kLanesInCluster>
