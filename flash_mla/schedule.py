@@ -2,8 +2,9 @@
 
 Work is a line: for every request, for every tile of the request, its KV blocks. Each worker takes one stretch of that
 line. The lanes of a worker are CTAs that read the same KV blocks for neighbouring tiles of query rows; in the swapped
-kernel each of them is a cluster that shares out the KV blocks. The arithmetic is that of csrc/params/work_division.h
-and csrc/kernels/decode_schedule, integers only; the tests hold the two together bit for bit.
+kernel a worker has one lane, a cluster that shares out the KV blocks. The arithmetic is that of
+csrc/params/work_division.h and csrc/kernels/decode_schedule, integers only; the tests hold the two together bit for
+bit.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 // buffers for it. flash_mla/schedule.py is the host twin; tests hold the two together bit for bit.
 //
 // Work is a line: for every request, for every tile of the request, its KV blocks. A worker takes one stretch of that
-// line. The lanes of a worker are CTAs, or clusters of CTAs that share out the blocks, that read the same KV blocks for
-// neighbouring tiles of query rows.
+// line. The lanes of a worker are CTAs that read the same KV blocks for neighbouring tiles of query rows; in the
+// swapped kernel a worker has one lane, a cluster that shares out the blocks.
 #pragma once
 
 #include <cstdint>

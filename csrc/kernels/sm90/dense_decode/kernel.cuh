@@ -24,14 +24,17 @@
 //   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 430 of it are free
 //
 // Barriers (mbarriers)   arrivals                           waited for by
-//   first_rows[i]        who starts the copies + 73728 B    scores; for the first of them also who loads the first blocks
+//   first_rows[i]        who starts the copies + 73728 B;   scores; for the first of them also who loads the first blocks
+//                        no bytes where there is nothing
 //   next_rows            the same; no bytes where the next  scores
 //                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
 //   early_block          who loads the first blocks         the same: what seemed to be the first block is there
 //                        + 73728 B
 //   block_full[stage]    who starts the copies of latent    scores
-//                        and of RoPE columns + 73728 B
+//                        and of RoPE columns + 73728 B;
+//                        no bytes where an early block is
+//                        the first one
 //   p_ready[turn]        the quads of scores                output: P, rescale factors and the page of the third next
 //                                                           block are there
 //   p_consumed[turn]     the quads of output                who copies RoPE columns to where P was; scores, before they
@@ -51,9 +54,9 @@
 // fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad,
 // which itself arrives at the barrier that orders it.
 //
-// Before the kernel before has ended, a CTA finds out with which piece, query rows and block it will probably begin,
-// and has a part of that block brought to the L2; as soon as it has ended they are copied, and it is found out whether
-// they are the right ones (early_block.h).
+// Before the kernel before has ended, a CTA finds out with which piece and block it will probably begin, and has a part
+// of that block brought to the L2; as soon as it has ended the block is copied, and it is found out whether it is the
+// right one (early_block.h).
 //
 // One block: S of block i+1 is issued, and P of block i stored meanwhile; once all of it is, the tensor cores have
 // some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1.

@@ -27,7 +27,9 @@
 //
 // Barriers (mbarriers)   arrivals                        waited for by
 //   early_block          the producer + 73728 B          the producer: what seemed to be the first block is there
-//   block_full[stage]    the producer + 73728 B          consumers
+//   block_full[stage]    the producer + 73728 B; no      consumers
+//                        bytes where an early block is
+//                        the first one
 //   block_empty[stage]   8 consumer warps                the producer
 //   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
 //   received             bytes from every CTA            consumers, before they merge
