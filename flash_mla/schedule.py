@@ -19,7 +19,7 @@ from flash_mla import extension
 PAGE_SIZE = 64  # tokens per page, and per KV block
 BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
-MAX_SPLIT_CTAS = 8  # CTAs that share out the KV blocks of a lane
+MAX_SPLIT_CTAS = 16  # CTAs that share out the KV blocks of a lane
 MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves
 METADATA_COLUMNS = 8
 
@@ -28,6 +28,7 @@ METADATA_COLUMNS = 8
 DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
 DENSE_WHOLE_TILE_OF_FEW = 2
 SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 3, 2
+SWAPPED_WHOLE_TILE = 2
 SWAPPED_SPLIT_OVERHEAD_OF_MORE = 4  # with tiles of 32 rows
 SEGMENTS_SPLIT_OVERHEAD = 2  # of its CTAs where bits do not depend on the batch
 
@@ -45,6 +46,7 @@ _FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
 _ROW_FLOATS = 512 + 1  # of a partial result: out and its log-sum-exp
 # Sizes of clusters by rows per CTA: merging has to fit their shared memory.
 _SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
+_MAX_SPLIT_CTAS = {_FEW_ROWS: MAX_SPLIT_CTAS, _MORE_ROWS: 8}
 
 
 class ClusterCapacity(NamedTuple):
@@ -58,7 +60,7 @@ class ClusterCapacity(NamedTuple):
 
 
 # CPU tensors are planned as for an H200.
-CPU_CAPACITY = ClusterCapacity((0, 132, 66, 39, 30, 22, 17, 15, 15))
+CPU_CAPACITY = ClusterCapacity((0, 132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7))
 
 
 class WorkerGrid(NamedTuple):
@@ -143,20 +145,25 @@ def _swapped_grid_of(
 def swapped_grid(
     num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """A request gets as large a cluster as leaves one for every other request."""
+    """A request gets as large a cluster as leaves one for every other request; one of 16 only where tiles that are
+    divided evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU."""
     rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
     split_ctas = 1
     for size in _SPLIT_CTAS[rows_per_tile]:
         if capacity.num_clusters[size] >= num_requests:
             split_ctas = size
             break
+    # CTAs of tiles that are divided evenly.
+    even = {size: capacity.num_clusters[size] // num_requests * num_requests * size for size in (8, 16)}
+    if _MAX_SPLIT_CTAS[rows_per_tile] >= 16 and even[16] > 0 and 4 * even[16] >= 3 * even[8]:
+        split_ctas = 16
     return _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
 
 
 def leaves_sms_idle(swapped: WorkerGrid, num_requests: int, num_sms: int) -> bool:
     """Whether tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or
     their requests cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be."""
-    is_possible = swapped.rows_per_tile > _FEW_ROWS and swapped.split_ctas < MAX_SPLIT_CTAS
+    is_possible = swapped.rows_per_tile > _FEW_ROWS and swapped.split_ctas < _MAX_SPLIT_CTAS[swapped.rows_per_tile]
     return is_possible and 3 * num_requests * swapped.split_ctas < 2 * num_sms
 
 
@@ -420,9 +427,12 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
 def _even_cuts(total_blocks: Tensor, grid: WorkerGrid) -> tuple[Tensor, Tensor]:
     """How tiles are cut evenly: in parts of so many blocks at least, and not at all up to some length."""
     least_part = grid.min_blocks_per_split
-    whole = grid.split_overhead_blocks + least_part if grid.is_invariant else 2 * least_part - 1
-    is_few = (2 * total_blocks <= grid.num_workers) & (not grid.is_swapped and not grid.is_invariant)
-    return torch.where(is_few, 1, least_part), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, whole)
+    if grid.is_invariant:
+        return torch.tensor(least_part), torch.tensor(grid.split_overhead_blocks + least_part)
+    if grid.is_swapped:
+        return torch.tensor(grid.split_ctas), torch.tensor(SWAPPED_WHOLE_TILE * grid.split_ctas)
+    is_few = 2 * total_blocks <= grid.num_workers
+    return torch.where(is_few, 1, least_part), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, 2 * least_part - 1)
 
 
 def _nearest_granule(

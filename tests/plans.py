@@ -13,18 +13,21 @@ from flash_mla.schedule import CPU_CAPACITY, ClusterCapacity
 # By the number of SMs.
 CAPACITIES = {
     132: CPU_CAPACITY,
-    114: ClusterCapacity((0, 114, 57, 36, 26, 20, 16, 14, 12)),
-    78: ClusterCapacity((0, 78, 39, 24, 18, 14, 12, 10, 9)),
+    114: ClusterCapacity((0, 114, 57, 36, 26, 20, 16, 14, 12, 10, 9, 8, 7, 7, 6, 6, 6)),
+    78: ClusterCapacity((0, 78, 39, 24, 18, 14, 12, 10, 9, 7, 6, 5, 5, 5, 4, 4, 4)),
 }
 # Without large clusters, and with few SMs.
-UNUSUAL_CLUSTERS = (
-    (0, 132, 66, 0, 30, 0, 0, 0, 0),
-    (0, 78, 0, 0, 0, 0, 0, 0, 0),
-    (0, 8, 4, 2, 2, 1, 1, 1, 1),
-    (0, 7, 3, 2, 1, 1, 1, 1, 0),
-    (0, 4, 2, 1, 1, 0, 0, 0, 0),
-    (0, 3, 1, 1, 0, 0, 0, 0, 0),
-    (0, 1, 0, 0, 0, 0, 0, 0, 0),
+UNUSUAL_CLUSTERS = tuple(
+    (*clusters, *[0] * (schedule.MAX_SPLIT_CTAS + 1 - len(clusters)))
+    for clusters in (
+        (0, 132, 66, 0, 30),
+        (0, 78),
+        (0, 8, 4, 2, 2, 1, 1, 1, 1),
+        (0, 7, 3, 2, 1, 1, 1, 1),
+        (0, 4, 2, 1, 1),
+        (0, 3, 1, 1),
+        (0, 1),
+    )
 )
 
 

@@ -148,16 +148,16 @@ DENSE_CASES = [
 SWAPPED_CASES = [
     SanitizedCase("swapped", [64 * 20, 70], shape={"wide_block_table": False}),
     SanitizedCase("swapped, strided", [400, 65, 3], strided_out=True, shape={"strided_cache": True, "strided_q": True}),
-    SanitizedCase("swapped, split", [64 * 50 + 5], num_workers=3, shape={"num_heads_q": 12}),
+    SanitizedCase("swapped, split", [64 * 250 + 5], num_workers=3, shape={"num_heads_q": 12}),
     SanitizedCase(
         "swapped, causal", [300, 2, 65, 0], num_workers=2, shape={"seqlen_q": 4, "num_heads_q": 4, "causal": True}
     ),
     SanitizedCase("swapped, two KV heads", [90, 300], num_workers=3, shape={"num_heads_q": 32, "num_heads_kv": 2}),
-    SanitizedCase("swapped, shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[64 * 60, 900, 0]),
-    SanitizedCase("swapped, longer than planned", [64 * 40, 100], num_workers=3, planned_lengths=[10, 64 * 60]),
+    SanitizedCase("swapped, shorter than planned", [70, 0, 100], num_workers=4, planned_lengths=[64 * 400, 900, 0]),
+    SanitizedCase("swapped, longer than planned", [64 * 40, 100], num_workers=3, planned_lengths=[10, 64 * 300]),
     *(
         SanitizedCase(f"clusters of {size}", [500, 64, 100], num_workers=2, split_ctas=size)
-        for size in (8, 6, 4, 3, 2, 1)
+        for size in (16, 8, 6, 4, 3, 2, 1)
     ),
     *(
         SanitizedCase(
@@ -172,7 +172,7 @@ SWAPPED_CASES = [
     # No more blocks per CTA than stages: racecheck can follow these.
     *(
         SanitizedCase(f"as many blocks as stages, clusters of {size}", [128 * size - 12, 64, 30], split_ctas=size)
-        for size in (8, 6, 4, 3, 2, 1)
+        for size in (16, 8, 6, 4, 3, 2, 1)
     ),
     *(
         SanitizedCase(

@@ -154,6 +154,7 @@ def test_constants_are_the_same_on_host_and_device():
         "kSegmentsSplitOverhead": schedule.SEGMENTS_SPLIT_OVERHEAD,
         "kSwappedSplitOverheadOfMore": schedule.SWAPPED_SPLIT_OVERHEAD_OF_MORE,
         "kSwappedMinSplit": schedule.SWAPPED_MIN_SPLIT,
+        "kSwappedWholeTile": schedule.SWAPPED_WHOLE_TILE,
         "kMaxSegments": schedule.MAX_SEGMENTS,
         "kMaxSegmentBits": schedule.NUM_GRANULES[schedule.MAX_SEGMENTS],
         "kFoldLevels": schedule.FOLD_LEVELS,

@@ -20,6 +20,7 @@ from flash_mla.schedule import (
     MAX_SPLIT_CTAS,
     MAX_SWAPPED_ROWS,
     PAGE_SIZE,
+    SWAPPED_WHOLE_TILE,
     ClusterCapacity,
     WorkerGrid,
     capacity_of,
@@ -204,6 +205,8 @@ def test_tiles_are_divided_evenly(num_rows, capacity):
         least, whole = grid.min_blocks_per_split, 2 * grid.min_blocks_per_split - 1
         if is_few:
             least, whole = 1, DENSE_WHOLE_TILE_OF_FEW
+        elif grid.is_swapped:
+            least, whole = grid.split_ctas, SWAPPED_WHOLE_TILE * grid.split_ctas
         piece = num_blocks if num_blocks <= whole else max(-(-num_blocks // share), least)
         if piece > quota_of(lengths, grid) + grid.split_overhead_blocks // 2:
             num_fair += 1
@@ -229,6 +232,10 @@ def parts_of(
     for batch, tile, begin, end in itertools.chain.from_iterable(pieces):
         parts[batch, tile].append(end - begin)
     return list(parts.values())
+
+
+# No larger ones than single CTAs.
+SMALL_CLUSTERS = ClusterCapacity(UNUSUAL_CLUSTERS[1])
 
 
 def in_twos(num_blocks: int) -> list[int]:
@@ -315,17 +322,21 @@ def test_tiles_with_work_for_two_are_cut(blocks, num_rows, expected):
     [
         ([7], 16, CPU_CAPACITY, [[7]]),
         ([3, 4], 32, CPU_CAPACITY, [[3], [4]]),
-        # Of 8 CTAs, with 2 blocks each at least.
-        ([31], 16, CPU_CAPACITY, [[31]]),
-        ([32], 16, CPU_CAPACITY, [[16, 16]]),
-        ([40], 32, CPU_CAPACITY, [[16, 16, 8]]),
-        # Without large clusters: tiles of up to 3 blocks, and parts of 2.
-        ([3], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[3]]),
-        ([4], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [[2, 2]]),
-        ([39], 16, ClusterCapacity((0, 78, 0, 0, 0, 0, 0, 0, 0)), [in_twos(39)]),
+        # Of 16 CTAs, with a block each at least, of which up to two blocks each stay whole.
+        ([32], 16, CPU_CAPACITY, [[32]]),
+        ([33], 16, CPU_CAPACITY, [[16, 16, 1]]),
+        # Seven workers.
+        ([140], 16, CPU_CAPACITY, [[20] * 7]),
+        # Of 8.
+        ([16], 32, CPU_CAPACITY, [[16]]),
+        ([40], 32, CPU_CAPACITY, [[8] * 5]),
+        # Without large clusters.
+        ([2], 16, SMALL_CLUSTERS, [[2]]),
+        ([3], 16, SMALL_CLUSTERS, [[1, 1, 1]]),
+        ([39], 16, SMALL_CLUSTERS, [[1] * 39]),
     ],
 )
-def test_swapped_kernel_has_no_such_cuts(blocks, num_rows, capacity, expected):
+def test_cuts_of_the_swapped_kernel(blocks, num_rows, capacity, expected):
     assert worker_grid(len(blocks), num_rows, 1, capacity).is_swapped
     assert parts_of(blocks, num_rows, 1, capacity) == expected
 
@@ -421,7 +432,26 @@ def test_number_of_lanes(num_rows, num_heads_kv, num_lanes):
 
 @pytest.mark.parametrize(
     ("batch_size", "split_ctas"),
-    [(1, 8), (15, 8), (16, 6), (17, 6), (18, 4), (30, 4), (31, 3), (39, 3), (40, 2), (66, 2), (67, 1), (200, 1)],
+    [
+        (1, 16),
+        (3, 16),
+        (4, 8),
+        (5, 8),
+        (6, 16),
+        (7, 16),
+        (8, 8),
+        (15, 8),
+        (16, 6),
+        (17, 6),
+        (18, 4),
+        (30, 4),
+        (31, 3),
+        (39, 3),
+        (40, 2),
+        (66, 2),
+        (67, 1),
+        (200, 1),
+    ],
 )
 def test_more_requests_make_smaller_clusters(batch_size, split_ctas):
     grid = worker_grid(batch_size, 16, 1, CPU_CAPACITY)

@@ -10,12 +10,14 @@
 
 namespace flash_mla {
 
-inline constexpr int kPageSize = 64;     // tokens per page, and per KV block
-inline constexpr int kBlockM = 64;       // query rows per CTA of the dense decode kernel
-inline constexpr int kMaxLanes = 8;      // CTAs that share one stretch of KV blocks
-inline constexpr int kHeadDim = 576;     // 512 latent + 64 RoPE
-inline constexpr int kHeadDimV = 512;    // the latent part, read again as V
-inline constexpr int kMaxSplitCtas = 8;  // CTAs of a cluster that shares out KV blocks
+inline constexpr int kPageSize = 64;      // tokens per page, and per KV block
+inline constexpr int kBlockM = 64;        // query rows per CTA of the dense decode kernel
+inline constexpr int kMaxLanes = 8;       // CTAs that share one stretch of KV blocks
+inline constexpr int kHeadDim = 576;      // 512 latent + 64 RoPE
+inline constexpr int kHeadDimV = 512;     // the latent part, read again as V
+inline constexpr int kMaxSplitCtas = 16;  // CTAs of a cluster that shares out KV blocks
+// With tiles of 32 rows results of no more fit their place.
+constexpr int max_split_ctas(int rows_per_tile) { return rows_per_tile <= 16 ? kMaxSplitCtas : 8; }
 
 inline constexpr int kMaxSwappedRows = 32;  // of a kv head that the swapped kernel serves
 
@@ -30,6 +32,8 @@ inline constexpr int kSwappedSplitOverhead = 3;
 inline constexpr int kSwappedSplitOverheadOfMore = 4;  // with tiles of 32 rows
 inline constexpr int kSegmentsSplitOverhead = 2;       // of its CTAs where bits do not depend on the batch
 inline constexpr int kSwappedMinSplit = 2;
+// Where tiles are divided evenly, a block for each CTA is worth a cluster, and a tile with up to so many is not cut.
+inline constexpr int kSwappedWholeTile = 2;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // KV blocks of a request with so many tokens, from 0 on.
@@ -64,7 +68,8 @@ struct EvenCuts {
 constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
     int const least_part = grid.min_blocks_per_split;
     if (grid.is_invariant()) return {least_part, grid.split_overhead_blocks + least_part};
-    if (!grid.is_swapped() && 2 * total_blocks <= grid.num_workers) return {1, kDenseWholeTileOfFew};
+    if (grid.is_swapped()) return {grid.split_ctas, kSwappedWholeTile * grid.split_ctas};
+    if (2 * total_blocks <= grid.num_workers) return {1, kDenseWholeTileOfFew};
     return {least_part, 2 * least_part - 1};
 }
 
@@ -102,23 +107,28 @@ constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, i
             kSwappedMinSplit * split_ctas};
 }
 
-// A request gets as large a cluster as leaves one for every other request. The results of 8 column chunks are merged by
-// all CTAs of a cluster; with 16 rows there is room for uneven shares too.
+// A request gets as large a cluster as leaves one for every other request; one of 16 only where tiles that are divided
+// evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU. The results of 8
+// column chunks are merged by all CTAs of a cluster; with 16 rows there is room for uneven shares too.
 constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
     int split_ctas = 1;
-    for (int size = 2; size <= kMaxSplitCtas; ++size) {
-        bool const is_possible = size == 2 || size == 4 || size == 8 || (rows_per_tile == 16 && size % 3 == 0);
+    constexpr int kSizes[] = {2, 3, 4, 6, 8};
+    for (int const size : kSizes) {
+        bool const is_possible = size % 3 != 0 || rows_per_tile == 16;
         if (is_possible && capacity.num_clusters[size] >= num_requests) split_ctas = size;
     }
+    auto const even_ctas = [&](int size) { return capacity.num_clusters[size] / num_requests * num_requests * size; };
+    if (max_split_ctas(rows_per_tile) >= 16 && even_ctas(16) > 0 && 4 * even_ctas(16) >= 3 * even_ctas(8))
+        split_ctas = 16;
     return swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
 }
 
 // Tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or their requests
 // cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be.
 constexpr bool leaves_sms_idle(WorkerGrid const& swapped, int64_t num_requests, int num_sms) {
-    return swapped.rows_per_tile > 16 && swapped.split_ctas < kMaxSplitCtas &&
+    return swapped.rows_per_tile > 16 && swapped.split_ctas < max_split_ctas(swapped.rows_per_tile) &&
            3 * num_requests * swapped.split_ctas < 2 * num_sms;
 }
 

@@ -124,11 +124,12 @@ public:
 
     // Returns false when there is none left. The row is read again for every piece: it stays in the L1, and registers
     // are dearer.
+    template <typename Load = ThroughL1>
     __device__ bool next(DenseDecodeParams const& params, Piece& piece) {
         for (;;) {
-            WorkerRow const row = read_row(params);
+            WorkerRow const row = read_row<Load>(params);
             if (!at_.is_in(row, params)) return false;
-            if (enter<ThroughL1>(params, row, piece)) return true;
+            if (enter<Load>(params, row, piece)) return true;
         }
     }
 

@@ -1,4 +1,5 @@
-// Operands of wgmma in shared memory, in chunks of 64 rows of 64 columns of 16 bits: one span of the swizzle.
+// Operands of wgmma in shared memory, in chunks of 64 columns of 16 bits, one span of the swizzle, and of 64 rows if
+// not said otherwise.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -14,23 +15,24 @@ __device__ uint32_t shared_address(T const& object) {
 
 // Descriptors come from a base in a uniform register, where wgmma takes them from: a base in ordinary registers would
 // cost a transfer per step, which takes about as long as the step.
-template <cute::GMMA::Major kMajor>
+template <cute::GMMA::Major kMajor, int kRows = 64>
 class SwizzledOperand {
 public:
-    static constexpr int kRows = 64, kColumns = 64, kRowBytes = kColumns * 2;
+    static constexpr int kColumns = 64, kRowBytes = kColumns * 2;
     static constexpr uint32_t kChunkBytes = kRows * kRowBytes;
     static constexpr int kStepsPerChunk = kColumns / 16;
 
     __device__ explicit SwizzledOperand(uint32_t shared_address)
         : low_word_(uniform(shared_address % kAddresses / kUnit | kLeadingOffset << 16)) {}
 
-    // The operand of the k-th step, of 16 columns or, transposed, of 16 rows: (1, 1), a descriptor.
-    __device__ auto step(int k) const {
+    // The operand of the k-th step, of 16 columns or, transposed, of 16 rows, from a chunk on: (1, 1), a descriptor.
+    __device__ auto step(int k, int chunk = 0) const {
         constexpr uint32_t kStrideOffset = 8 * kRowBytes / kUnit;  // from 8 rows to the next 8
         constexpr uint32_t kSwizzle = 1u << 30;                    // of 128 bytes
         uint32_t const offset =
             kIsTransposed ? k * 16 * kRowBytes : k / kStepsPerChunk * kChunkBytes + k % kStepsPerChunk * 16 * 2;
-        uint64_t const descriptor = uint64_t(kStrideOffset | kSwizzle) << 32 | (low_word_ + offset / kUnit);
+        uint64_t const descriptor =
+            uint64_t(kStrideOffset | kSwizzle) << 32 | (low_word_ + (chunk * kChunkBytes + offset) / kUnit);
         return cute::make_tensor(cute::SM90::GMMA::DescriptorIterator{cute::GmmaDescriptor{descriptor}},
                                  cute::Layout<cute::Shape<cute::_1, cute::_1>, cute::Stride<cute::_0, cute::_0>>{});
     }
@@ -46,7 +48,9 @@ private:
 };
 
 // Multiplied along their columns, or along their rows.
-using ColumnwiseOperand = SwizzledOperand<cute::GMMA::Major::K>;
+template <int kRows>
+using ColumnwiseOperandOf = SwizzledOperand<cute::GMMA::Major::K, kRows>;
+using ColumnwiseOperand = ColumnwiseOperandOf<64>;
 using RowwiseOperand = SwizzledOperand<cute::GMMA::Major::MN>;
 
 }  // namespace flash_mla::sm90

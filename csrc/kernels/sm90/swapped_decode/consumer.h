@@ -10,6 +10,7 @@
 #include "kernels/sm90/primitives/fragment.h"
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/primitives/swizzled_operand.h"
+#include "kernels/sm90/swapped_decode/rows.h"
 #include "kernels/sm90/swapped_decode/traits.h"
 
 namespace flash_mla::sm90 {
@@ -28,11 +29,11 @@ struct SwappedConsumer {
     static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
     static constexpr int kOwnScores = 4 * kOwnRowTiles;
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
+    static constexpr int kHeadDimRopeBytes = (kHeadDim - kHeadDimV) * sizeof(Element);
 
     DenseDecodeParams const& params;
     SharedStorage& shared;
     int group, thread;  // thread of the group
-    int rank;           // of the CTA in its cluster
     uint32_t block_count = 0;
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
@@ -40,22 +41,18 @@ struct SwappedConsumer {
 protected:
     __device__ int warp() const { return thread / 32; }
     __device__ int lane() const { return thread % 32; }
-    __device__ int num_ctas() const { return params.grid.split_ctas; }
-    // Alone, a CTA has nobody to wait for, and stores are all it takes. Asked anew each time, so that the answer
-    // occupies no register between.
-    __device__ bool is_alone() const {
+    // Of the CTA in its cluster. Asked anew each time, like the size of the cluster, so that nothing that follows from
+    // these occupies a register between.
+    __device__ static int rank() { return int(cute::block_rank_in_cluster()); }
+    __device__ int num_ctas() const {
         int num_ctas;
         asm volatile("mov.b32 %0, %1;\n" : "=r"(num_ctas) : "r"(params.grid.split_ctas));
-        return num_ctas == 1;
+        return num_ctas;
     }
+    // Alone, a CTA has nobody to wait for, and stores are all it takes.
+    __device__ bool is_alone() const { return num_ctas() == 1; }
     __device__ static void sync_consumers() { cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, 1); }
     __device__ void sync_group() const { cutlass::arch::NamedBarrier::sync(128, 2 + group); }
-    __device__ QueryRow query_row_of(Piece const& piece, int row) const {
-        if (params.seqlen_q > 1) return query_row(params, piece.place, row, kRows);
-        // No division.
-        int const head = piece.place.m_tile * kRows + row;
-        return {0, piece.place.head_kv * params.heads_per_group + head, head < params.heads_per_group};
-    }
     // The i-th of the rows whose softmax this thread takes part in.
     __device__ int own_row(int i) const {
         return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
@@ -90,17 +87,23 @@ protected:
         return false;
     }
 
-    // What this CTA has of a piece. Query rows are on their way, or were there for the piece before.
-    __device__ void add_blocks(Piece const& piece, BlockRange const& blocks, bool are_rows_new, Outputs& outputs) {
+    // What this CTA has of a piece. Query rows are on their way, or were there for the piece before. Calls
+    // on_last_scores when all has been done but for the outputs of the last block.
+    template <typename OnLastScores>
+    __device__ void add_blocks(Piece const& piece, BlockRange const& blocks, bool are_rows_new, Outputs& outputs,
+                               OnLastScores const& on_last_scores) {
         cute::clear(outputs);
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
         if (are_rows_new) wait_for_q();
 #pragma unroll 1
         for (int block = blocks.begin; block < blocks.end; ++block) {
-            add_block(piece, block, outputs, block == blocks.begin);
+            add_block(piece, block, outputs, block == blocks.begin, [&] {
+                if (block + 1 == blocks.end) on_last_scores();
+            });
             ++block_count;
         }
+        if (blocks.begin >= blocks.end) on_last_scores();
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
@@ -110,7 +113,7 @@ protected:
 #pragma unroll 2
         for (int row = group * 4 + thread / 32; row < kRows; row += 4 * Traits::kNumGroups) {
             // Rows that do not exist read another one: what becomes of them is never stored.
-            QueryRow const at = query_row_of(piece, row);
+            QueryRow const at = query_row_of<Traits>(params, piece, row);
             Element const* const source =
                 static_cast<Element const*>(params.q) + piece.batch * params.q_batch_stride +
                 (at.exists ? at.token * params.q_token_stride + at.head_q * params.q_head_stride : 0);
@@ -129,7 +132,9 @@ protected:
         sync_consumers();
     }
 
-    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first) {
+    template <typename DuringOutputs>
+    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first,
+                              DuringOutputs const& during_outputs) {
         uint32_t const stage = block_count % Traits::kNumStages;
         shared.barriers.block_full[stage].wait(block_count / Traits::kNumStages % 2);
         Scores partial_scores;
@@ -146,7 +151,7 @@ protected:
             sync_consumers();
             if (!is_first && (shared.must_rescale[0] | shared.must_rescale[1])) rescale(outputs);
         }
-        multiply_v(stage, outputs);
+        multiply_v(stage, outputs, during_outputs);
         if (lane() == 0) shared.barriers.block_empty[stage].arrive();
     }
 
@@ -154,36 +159,32 @@ protected:
     __device__ void multiply_q(uint32_t stage, Scores& scores) const {
         using namespace cute;
         typename Traits::MmaScores mma;
-        auto const slice = mma.get_slice(0);
-        int const chunk = group * Traits::kChunksPerGroup;
-        Tensor const s_latent = make_tensor(make_smem_ptr(shared.block[stage][chunk]), typename Traits::LayoutLatent{});
-        Tensor const s_rope =
-            make_tensor(make_smem_ptr(shared.block[stage][Traits::kLatentChunks]), typename Traits::LayoutRope{});
-        Tensor const s_q = make_tensor(make_smem_ptr(shared.q), typename Traits::LayoutQ{});
-        Tensor const latent = slice.partition_fragment_A(s_latent);
-        Tensor const rope = slice.partition_fragment_A(s_rope);
-        Tensor const q = slice.partition_fragment_B(s_q);  // (MMA, 1, k-step)
         constexpr int kLatentSteps = Traits::kChunksPerGroup * 4, kRopeSteps = 4 / Traits::kNumGroups;
-        int const first_step = group * kLatentSteps, rope_step = group * kRopeSteps;
+        ColumnwiseOperand const latent(shared_address(shared.block[stage][group * Traits::kChunksPerGroup]));
+        ColumnwiseOperand const rope(shared_address(shared.block[stage][Traits::kLatentChunks]) + rope_offset());
+        ColumnwiseOperandOf<kRows> const q(shared_address(shared.q) + group * kLatentSteps / 4 * kRows * 128);
+        ColumnwiseOperandOf<kRows> const q_rope(shared_address(shared.q) + Traits::kLatentChunks * kRows * 128 +
+                                                rope_offset());
         warpgroup_fence_operand(scores);
         warpgroup_arrive();
         mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
         for (int k = 0; k < kLatentSteps; ++k) {
-            cute::gemm(mma, latent(_, _, k), q(_, _, first_step + k), scores);
+            cute::gemm(mma, latent.step(k), q.step(k), scores);
             mma.accumulate_ = GMMA::ScaleOut::One;
         }
 #pragma unroll
-        for (int k = 0; k < kRopeSteps; ++k) {
-            cute::gemm(mma, rope(_, _, rope_step + k), q(_, _, Traits::kLatentChunks * 4 + rope_step + k), scores);
-        }
+        for (int k = 0; k < kRopeSteps; ++k) cute::gemm(mma, rope.step(k), q_rope.step(k), scores);
         warpgroup_commit_batch();
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
     }
+    // Of this group's RoPE columns in their chunk, in bytes.
+    __device__ uint32_t rope_offset() const { return group * kHeadDimRopeBytes / Traits::kNumGroups; }
 
     // Each group has the scores of all rows for its columns; it keeps one half of the rows and gives away the other.
     __device__ void exchange(Scores const& partial, float (&scores)[kOwnScores]) const {
+        int const thread = thread_in_warpgroup_now();
 #pragma unroll
         for (int tile = 0; tile < kOwnRowTiles; ++tile) {
             float given[4];
@@ -208,7 +209,7 @@ protected:
     __device__ void mask(Piece const& piece, int num_keys, float (&scores)[kOwnScores]) const {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
-            int const token = query_row_of(piece, own_row(i)).token;
+            int const token = query_row_of<Traits>(params, piece, own_row(i)).token;
             int const end = num_keys - (params.causal ? max(params.seqlen_q - 1 - token, 0) : 0);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -343,27 +344,28 @@ protected:
         }
     }
 
-    __device__ void multiply_v(uint32_t stage, Outputs& outputs) const {
+    template <typename During>
+    __device__ void multiply_v(uint32_t stage, Outputs& outputs, During const& during) const {
         using namespace cute;
         typename Traits::MmaOutput mma;
-        auto const slice = mma.get_slice(0);
-        int const chunk = group * Traits::kChunksPerGroup;
-        Tensor const s_v = make_tensor(make_smem_ptr(shared.block[stage][chunk]), typename Traits::LayoutV{});
-        Tensor const s_p = make_tensor(make_smem_ptr(shared.p), typename Traits::LayoutP{});
-        Tensor const v = slice.partition_fragment_A(s_v);  // (MMA, chunk, k-step)
-        Tensor const p = slice.partition_fragment_B(s_p);  // (MMA, 1, k-step)
+        RowwiseOperand const v(shared_address(shared.block[stage][group * Traits::kChunksPerGroup]));
+        ColumnwiseOperandOf<kRows> const p(shared_address(shared.p));
         warpgroup_fence_operand(outputs);
         warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < size<2>(v); ++k) cute::gemm(mma, v(_, _, k), p(_, _, k), outputs);
+        for (int k = 0; k < kPageSize / 16; ++k) {
+#pragma unroll
+            for (int m = 0; m < Traits::kChunksPerGroup; ++m)
+                cute::gemm(mma, v.step(k, m)(_, 0), p.step(k)(_, 0), outputs(_, m, 0));
+        }
         warpgroup_commit_batch();
+        during();
         warpgroup_wait<0>();
         warpgroup_fence_operand(outputs);
     }
 
     // Reference and sum of each row, as far as this CTA has seen its keys, to shared memory.
-    template <typename BeforeBarrier>
-    __device__ void share_statistics(BeforeBarrier const& before_barrier) {
+    __device__ void put_statistics() {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
@@ -372,13 +374,17 @@ protected:
             if (lane() < 4) shared.row_sum[warp()][own_row(i)] = row_sum[i];
             if (thread < 4) shared.reference[own_row(i)] = reference[i];
         }
-        before_barrier();
+    }
+    // For the warp that tells them to the cluster.
+    __device__ void leave_statistics() {
+        put_statistics();
+        shared.barriers.statistics_left.arrive();
+    }
+    __device__ void share_statistics() {
+        put_statistics();
         sync_consumers();
     }
-    __device__ float2 statistics(int row) const {
-        return {shared.reference[row],
-                (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row])};
-    }
+    __device__ float2 statistics(int row) const { return statistics_of(shared, row); }
 
     // A tile of 8 rows of a chunk of the output, as this thread holds it.
     __device__ static float4 fragment_of(Outputs const& outputs, int chunk_of_group, int tile) {
@@ -388,7 +394,7 @@ protected:
     __device__ void store_rows(Piece const& piece, int chunk, int tile, float const (&sum)[4]) const {
         int const first_column = chunk * Traits::kChunkColumns;
         int const row = 8 * tile + lane() / 4;
-        QueryRow const at = query_row_of(piece, row);
+        QueryRow const at = query_row_of<Traits>(params, piece, row);
         Element* const out = static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + first_column +
                              16 * warp() + 2 * (lane() % 4);
 #pragma unroll
@@ -398,22 +404,12 @@ protected:
         }
     }
 
-    __device__ void store_lse(Piece const& piece, int row, float lse_log2) const {
-        QueryRow const at = query_row_of(piece, row);
-        if (!at.exists) return;
-        if (piece.is_partial()) {
-            params.lse_partial[partial_row(params.grid, piece.slot, lane_now(), row, kRows)] = lse_log2;
-        } else {
-            params.lse[lse_offset(params, piece.batch, at)] = natural_lse(lse_log2);
-        }
-    }
-
     __device__ void write_empty(Piece const& piece) const {
-        if (rank != 0) return;
+        if (rank() != 0) return;
         for (int row = group * 4 + warp(); row < kRows; row += 4 * Traits::kNumGroups) {
-            QueryRow const at = query_row_of(piece, row);
+            QueryRow const at = query_row_of<Traits>(params, piece, row);
             if (!at.exists) return;
-            store_lse(piece, row, kMinusInfinity);
+            store_lse<Traits>(params, piece, row, kMinusInfinity);
             void* const out =
                 piece.is_partial()
                     ? static_cast<void*>(params.out_partial +

@@ -31,9 +31,9 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
         bool are_rows_new = true;
         while (has_piece) {
             Outputs outputs;
-            this->add_blocks(piece, BlockRange(piece, 0, 1), are_rows_new, outputs);
+            this->add_blocks(piece, BlockRange(piece, 0, 1), are_rows_new, outputs, [] {});
             // Behind its barrier nobody reads the query rows any more.
-            this->share_statistics([] {});
+            this->share_statistics();
             fold(piece, outputs);
             Piece const previous = piece;
             has_piece = this->next_with_keys(pieces, piece);
@@ -203,7 +203,7 @@ private:
             if (!stores_log2_sums()) continue;
 #pragma unroll
             for (int i = 0; i < kRowsOfTile; ++i) {
-                QueryRow const at = this->query_row_of(piece, row_of(tile, i));
+                QueryRow const at = query_row_of<Traits>(params, piece, row_of(tile, i));
                 if (at.exists) params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum[tile][i]);
             }
         }

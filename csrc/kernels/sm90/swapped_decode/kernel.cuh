@@ -15,11 +15,13 @@
 //   2 consumer warpgroups   each: half of the columns of S, exchanged for the other half of its rows; their softmax;
 //                           O for one half of the latent columns, in registers
 //   1 producer warp         looks up pages, copies KV blocks by TMA
+//   1 statistics warp       tells the cluster what its rows have seen and weighs what each CTA sends, while the outputs
+//                           are on their way; not where bits do not depend on the batch
 //
 // Shared memory (bytes, 16 rows)
 //   block      2 × 73728    KV blocks: 8 latent chunks (64 tokens × 64 columns, 128-byte swizzle) and RoPE
 //   q              18432    query rows; with 32 rows in the place of received
-//   received       24576    output of all CTAs for the columns that this one merges, in 16 bits, as the accumulators hold
+//   received       32768    output of all CTAs for the columns that this one merges, in 16 bits, as the accumulators hold
 //                           it
 //   p               2048    P (row, token)
 //   exchanged       4096    scores for the other group
@@ -31,8 +33,13 @@
 //                        bytes where an early block is
 //                        the first one
 //   block_empty[stage]   8 consumer warps                the producer
-//   may_send             one thread of every CTA         consumers, before they send: the place of the results is free
-//   received             bytes from every CTA            consumers, before they merge
+//   may_send             one thread of every CTA         who sends: the place of the results is free in every CTA
+//   statistics_left      256 consumer threads            the statistics warp: all but the last outputs is done
+//   received_statistics  the statistics warp, bytes      the statistics warp
+//                        from every CTA
+//   weighed              the statistics warp's lanes     consumers, before they merge
+//   received             the statistics warp, bytes      consumers, before they merge; the statistics warp, before the
+//                        from every CTA with blocks      next piece
 // clang-format on
 // Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment and a CTA is alone: it folds what
 // it has of a tile as it goes (segments.h).
@@ -68,6 +75,9 @@ __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int n
     }
     barriers.early_block.init(1);
     barriers.may_send.init(num_ctas);
+    barriers.statistics_left.init(Traits::kConsumerThreads);
+    barriers.received_statistics.init(1);
+    barriers.weighed.init(32);
     barriers.received.init(1);
 }
 
@@ -88,14 +98,20 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     int const rank = cute::block_rank_in_cluster();
     int const group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == Traits::kNumGroups) {
-        if (threadIdx.x == Traits::kConsumerThreads) SwappedProducer<Traits>{params, maps, shared, rank}.run();
-        __syncwarp();
-        cute::cluster_wait();
+        int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - Traits::kConsumerThreads / 32;
+        if (warp == 0) {
+            if (threadIdx.x % 32 == 0) SwappedProducer<Traits>{params, maps, shared, rank}.run();
+            __syncwarp();
+            cute::cluster_wait();
+        } else if constexpr (Traits::kSummation == Summation::kByWorkers) {
+            cute::cluster_wait();
+            StatisticsWarp<Traits>{params, shared, rank}.run();
+        }
     } else {
         cute::cluster_wait();
         using Consumer = std::conditional_t<Traits::kSummation == Summation::kBySegments, FoldingConsumer<Traits>,
                                             MergingConsumer<Traits>>;
-        Consumer consumer{{params, shared, group, int(threadIdx.x % 128), rank}};
+        Consumer consumer{{params, shared, group, int(threadIdx.x % 128)}};
         consumer.run();
     }
     // A CTA waits for all that is sent to it, so none is sent anything after its end.

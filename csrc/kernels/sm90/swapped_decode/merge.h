@@ -4,14 +4,16 @@
 
 #include "kernels/sm90/primitives/cluster.h"
 #include "kernels/sm90/swapped_decode/consumer.h"
+#include "kernels/sm90/swapped_decode/statistics.h"
 
 namespace flash_mla::sm90 {
 
 template <typename Traits>
 struct MergingConsumer : SwappedConsumer<Traits> {
     using Base = SwappedConsumer<Traits>;
-    using Base::group, Base::params, Base::rank, Base::shared, Base::thread;
-    using Base::is_alone, Base::kMinusInfinity, Base::kRows, Base::kRowTiles, Base::num_ctas, Base::sync_consumers;
+    using Base::group, Base::params, Base::shared, Base::thread;
+    using Base::is_alone, Base::kMinusInfinity, Base::kRows, Base::kRowTiles, Base::num_ctas, Base::rank,
+        Base::sync_consumers;
     using typename Base::Outputs;
 
     uint32_t piece_count = 0;
@@ -21,28 +23,22 @@ struct MergingConsumer : SwappedConsumer<Traits> {
         Piece piece;
         bool has_piece = this->begin(pieces, piece);
         if (!has_piece) return;
-        clear_statistics();
         while (has_piece) {
             Outputs outputs;
-            BlockRange const blocks(piece, rank, num_ctas());
-            int const num_active = blocks.num_active;
-            if (group == 0 && thread == 0 && !is_alone()) expect_results(num_active);
-            this->add_blocks(piece, blocks, true, outputs);
-            if (!Traits::kHasRoomForBoth) sync_consumers();
-            this->share_statistics([&] {
-                if (!is_alone()) share_largest(outputs);
-                if (!Traits::kHasRoomForBoth) allow_sending();
+            this->add_blocks(piece, BlockRange(piece, rank(), num_ctas()), true, outputs, [&] {
+                if (!is_alone()) this->leave_statistics();
             });
             if (is_alone()) {
+                this->share_statistics();
                 store_own(piece, outputs);
             } else {
-                send(outputs, num_active);
+                send(outputs, num_active_of(piece));
             }
             // While results are on their way.
             Piece following;
             has_piece = this->next_with_keys(pieces, following);
             if (Traits::kHasRoomForBoth && has_piece) this->load_q(following);
-            if (!is_alone()) merge(piece, num_active);
+            if (!is_alone()) merge(piece, num_active_of(piece));
             if (has_piece) {
                 sync_consumers();
                 if (Traits::kHasRoomForBoth) {
@@ -57,98 +53,91 @@ struct MergingConsumer : SwappedConsumer<Traits> {
     }
 
 private:
-    // Chunk c of the output is merged by CTA c % num_ctas().
-    __device__ int num_own_chunks() const { return (Traits::kLatentChunks - 1 - rank) / num_ctas() + 1; }
+    __device__ Shares shares() const { return {num_ctas(), rank()}; }
+    // The CTAs that have blocks of a piece, the first ones.
+    __device__ int num_active_of(Piece const& piece) const { return min(piece.num_blocks(), num_ctas()); }
+    // Calls function(chunk, tile, own chunk) for the tiles of 8 rows of what this CTA merges, those of this thread.
+    template <typename Function>
+    __device__ void for_each_own_tile(Function const& function) const {
+        Shares const shares = this->shares();
+        int const num_own_tiles = shares.num_own_chunks() * kRowTiles;
+        if (!shares.has_warps_half(thread_in_warpgroup_now() / 32)) return;
+#pragma unroll 1
+        for (int i = thread_now() / 128; i < num_own_tiles; i += Traits::kNumGroups) {
+            function(shares.chunk(i / kRowTiles), i % kRowTiles, i / kRowTiles);
+        }
+    }
 
     // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
     __device__ void allow_sending() const {
         if (!is_alone() && group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
     }
 
-    __device__ void expect_results(int num_active) const {
-        int const bytes_per_cta = num_own_chunks() * Traits::kVectorsPerChunk * sizeof(float4);
-        shared.barriers.received.arrive_and_expect_tx(num_active * bytes_per_cta + num_ctas() * kRows * sizeof(float4));
-    }
-
-    // What CTAs that do not exist have seen: no key.
-    __device__ void clear_statistics() const {
-        int const i = int(thread_now());
-        if (i >= num_ctas() * kRows && i < kMaxSplitCtas * kRows)
-            shared.received_statistics[i / kRows][i % kRows] = float4{kMinusInfinity, 0.f, 0.f, 0.f};
-    }
-
-    __device__ float4& received_from(int sender, int own_chunk, int pair) const {
-        int const slot = own_chunk * num_ctas() + sender;
+    __device__ float4& received_from(Shares const& shares, int sender, int own_chunk, int pair) const {
+        int const slot = shares.slot(sender, own_chunk);
         return shared.received[slot * Traits::kVectorsPerChunk + pair * 128 + thread_in_warpgroup_now()];
     }
 
-    // Of the finite outputs of each row, for the exponent that they are sent with; before a barrier of all consumers.
-    __device__ void share_largest(Outputs const& outputs) const {
-        int const thread = int(thread_now());  // what follows from it occupies no registers between
-#pragma unroll
-        for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                uint32_t largest = 0;
-#pragma unroll
-                for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        largest = max(largest, magnitude(outputs(cute::make_coord(c, h, tile), m, 0)));
-                }
-#pragma unroll
-                for (int distance = 4; distance < 32; distance *= 2)
-                    largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
-                if (thread % 32 < 4) shared.largest_output[fragment_column(thread, tile) + c][thread / 32] = largest;
-            }
-        }
-    }
     // Twice the bits of the absolute value, from this on; less for what is not finite.
     static constexpr uint32_t kZeroMagnitude = 2u << 23;
     __device__ static uint32_t magnitude(float x) { return 2 * __float_as_uint(x) + kZeroMagnitude; }
-
-    // The exponent, as floats have it, of a power of two of which the largest output of a row is as many times as 16
-    // bits can hold. Behind the barrier.
-    __device__ uint32_t exponent_of(int row) const {
-        auto const* const of_warps = reinterpret_cast<uint4 const*>(shared.largest_output[row]);
-        uint4 const low = of_warps[0], high = of_warps[1];
-        uint32_t const largest =
-            max(max(max(low.x, low.y), max(low.z, low.w)), max(max(high.x, high.y), max(high.z, high.w)));
-        return max(int((max(largest, kZeroMagnitude) - kZeroMagnitude) >> 24) - 14, 1);
+    // Of the outputs that this warp has of a row.
+    __device__ static uint32_t largest_magnitude(Outputs const& outputs, int tile, int c) {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) largest = max(largest, magnitude(outputs(cute::make_coord(c, h, tile), m, 0)));
+        }
+#pragma unroll
+        for (int distance = 4; distance < 32; distance *= 2)
+            largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
+        return largest;
     }
+    // The exponent, as floats have it, of a power of two of which an output is as many times as 16 bits can hold.
+    __device__ static uint32_t exponent_for(uint32_t largest_magnitude) {
+        return max(int((max(largest_magnitude, kZeroMagnitude) - kZeroMagnitude) >> 24) - 14, 1);
+    }
+    __device__ static float scale(uint32_t exponent) { return __uint_as_float(exponent << 23); }
+    __device__ static float inverse_scale(uint32_t exponent) { return __uint_as_float((254 - exponent) << 23); }
 
-    // What this CTA has of the output, and the statistics of its rows, to where they are merged.
+    // What this CTA has of the output, to where it is merged.
     __device__ void send(Outputs const& outputs, int num_active) const {
+        if (rank() >= num_active) return;
         int const thread = thread_in_warpgroup_now();
         shared.barriers.may_send.wait(piece_count % 2 ^ Traits::kHasRoomForBoth);
         uint32_t const barrier = shared_address(shared.barriers.received);
-#pragma unroll 1
-        for (int i = int(thread_now()); i < kRows * num_ctas(); i += Traits::kConsumerThreads) {
-            int const row = i % kRows, target = i / kRows;
-            float2 const statistics = this->statistics(row);
-            float const scale = __uint_as_float(exponent_of(row) << 23);
-            store_remote(remote_address(shared_address(shared.received_statistics[rank][row]), target),
-                         float4{statistics.x, statistics.y, scale, 0.f}, remote_address(barrier, target));
-        }
-        if (rank >= num_active) return;
+        Shares const shares = this->shares();
 #pragma unroll
         for (int pair = 0; pair < kRowTiles / 2; ++pair) {
+            uint32_t exponent[2][2];
             float factor[2][2];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int const row = fragment_column(thread, 2 * pair + i / 2) + i % 2;
-                factor[i / 2][i % 2] = __uint_as_float((254 - exponent_of(row)) << 23);
+                uint32_t& each = exponent[i / 2][i % 2];
+                each = exponent_for(largest_magnitude(outputs, 2 * pair + i / 2, i % 2));
+                factor[i / 2][i % 2] = inverse_scale(each);
             }
 #pragma unroll
             for (int m = 0; m < Traits::kChunksPerGroup; ++m) {
-                int const chunk = group * Traits::kChunksPerGroup + m, own_chunk = chunk / num_ctas();
-                int const target = chunk - own_chunk * num_ctas();
-                uint32_t const to = shared_address(received_from(rank, own_chunk, pair));
+                int const chunk = group * Traits::kChunksPerGroup + m, target = shares.target(chunk, thread / 32);
                 float2 const first = packed(outputs, m, 2 * pair, factor[0]);
                 float2 const second = packed(outputs, m, 2 * pair + 1, factor[1]);
-                store_remote(remote_address(to, target), float4{first.x, first.y, second.x, second.y},
-                             remote_address(barrier, target));
+                store_remote(
+                    remote_address(shared_address(received_from(shares, shares.rank, shares.own_chunk(chunk), pair)),
+                                   target),
+                    float4{first.x, first.y, second.x, second.y}, remote_address(barrier, target));
             }
+            // The scales of a tile for a chunk by each four lanes.
+            static_assert(2 * Traits::kChunksPerGroup == 8);
+            int const chunk = group * Traits::kChunksPerGroup + thread / 4 % 4;
+            bool const second = thread / 16 % 2;
+            int const target = shares.target(chunk, thread / 32), row = fragment_column(thread, 2 * pair + second);
+            float& to = shared.received_scale[shares.slot(shares.rank, shares.own_chunk(chunk))][thread / 32][row];
+            store_remote(remote_address(shared_address(to), target),
+                         float2{scale(second ? exponent[1][0] : exponent[0][0]),
+                                scale(second ? exponent[1][1] : exponent[0][1])},
+                         remote_address(barrier, target));
         }
     }
     // A tile of 8 rows of a chunk, as 16 bits: as if they were floats.
@@ -182,60 +171,39 @@ private:
         }
         if (int const row = int(thread_now()); row < kRows) {
             float2 const statistics = this->statistics(row);
-            this->store_lse(piece, row, statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x);
+            store_lse<Traits>(params, piece, row,
+                              statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x);
         }
-    }
-
-    // Weight of what each CTA has sent of a row: one thread per CTA and row. Returns the row's log2-sum-exp2.
-    __device__ float weigh() const {
-        static_assert(kMaxSplitCtas * kRows <= Traits::kConsumerThreads);
-        int const row = thread_now() % kRows, sender = thread_now() / kRows;
-        if (sender >= kMaxSplitCtas) return 0.f;
-        float4 from[kMaxSplitCtas];  // reference, sum and scale
-#pragma unroll
-        for (int i = 0; i < kMaxSplitCtas; ++i) from[i] = shared.received_statistics[i][row];
-        float largest = kMinusInfinity, total = 0.f;
-#pragma unroll
-        for (float4 const& each : from) largest = fmaxf(largest, each.x);
-        float const offset = largest == kMinusInfinity ? 0.f : largest;
-#pragma unroll
-        for (float4 const& each : from) total = fmaf(exp2_approx(each.x - offset), each.y, total);
-        float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
-        float4 const own = shared.received_statistics[sender][row];
-        shared.weight[sender][row] = exp2_approx(own.x - offset) * inverse * own.z;
-        return total == 0.f ? kMinusInfinity : log2f(total) + largest;
     }
 
     // The chunks of this CTA, from all CTAs of the cluster in the order of their ranks.
     __device__ void merge(Piece const& piece, int num_active) const {
+        shared.barriers.weighed.wait(piece_count % 2);
         shared.barriers.received.wait(piece_count % 2);
-        float const lse_log2 = weigh();
-        sync_consumers();
-#pragma unroll 1
-        for (int i = group; i < num_own_chunks() * kRowTiles; i += Traits::kNumGroups) {
+        for_each_own_tile([&](int chunk, int tile, int own_chunk) {
             float sum[4] = {};
-            add_from_senders(i, num_active, sum);
-            store(piece, i / kRowTiles * num_ctas() + rank, i % kRowTiles, sum);
-        }
-        if (int const row = int(thread_now()); rank == 0 && row < kRows) this->store_lse(piece, row, lse_log2);
+            add_from_senders(own_chunk, tile, num_active, sum);
+            store(piece, chunk, tile, sum);
+        });
     }
 
-    // The i-th tile of 8 rows and 64 columns of those that this CTA merges.
-    __device__ void add_from_senders(int i, int num_active, float (&sum)[4]) const {
-        int const own_chunk = i / kRowTiles, tile = i % kRowTiles;
-        float2 const* part = reinterpret_cast<float2 const*>(&received_from(0, own_chunk, tile / 2)) + tile % 2;
-        float const* weight = &shared.weight[0][fragment_column(thread, tile)];
+    __device__ void add_from_senders(int own_chunk, int tile, int num_active, float (&sum)[4]) const {
+        float2 const* part =
+            reinterpret_cast<float2 const*>(&received_from(shares(), 0, own_chunk, tile / 2)) + tile % 2;
+        int const row = fragment_column(thread, tile);
+        float const* weight = &shared.weight[0][row];
+        float const* scale = &shared.received_scale[shares().slot(0, own_chunk)][thread / 32][row];
 #pragma unroll 4
         for (int sender = 0; sender < num_active; ++sender) {
             float2 const packed = *part;
             float2 const low = __half22float2(reinterpret_cast<__half2 const&>(packed.x));
             float2 const high = __half22float2(reinterpret_cast<__half2 const&>(packed.y));
-            float2 const w = *reinterpret_cast<float2 const*>(weight);
-            add_weighted(sum[0], low.x, w.x);
-            add_weighted(sum[1], low.y, w.y);
-            add_weighted(sum[2], high.x, w.x);
-            add_weighted(sum[3], high.y, w.y);
-            part += 2 * Traits::kVectorsPerChunk, weight += kRows;
+            float2 const w = *reinterpret_cast<float2 const*>(weight), s = *reinterpret_cast<float2 const*>(scale);
+            add_weighted(sum[0], low.x, w.x * s.x);
+            add_weighted(sum[1], low.y, w.y * s.y);
+            add_weighted(sum[2], high.x, w.x * s.x);
+            add_weighted(sum[3], high.y, w.y * s.y);
+            part += 2 * Traits::kVectorsPerChunk, weight += kRows, scale += 4 * kRows;
         }
     }
 

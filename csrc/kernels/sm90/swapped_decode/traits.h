@@ -20,7 +20,8 @@ struct SwappedDecodeTraits {
 
     static constexpr int kNumGroups = 2;  // of consumers, a warpgroup each
     static constexpr int kConsumerThreads = kNumGroups * 128;
-    static constexpr int kNumThreads = kConsumerThreads + 32;  // and a warp that loads
+    // And a warp that loads, and one that has the statistics of the rows.
+    static constexpr int kNumThreads = kConsumerThreads + (kSummation == Summation::kByWorkers ? 64 : 32);
 
     static constexpr int kNumStages = 2;  // of KV blocks
     static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
@@ -59,15 +60,20 @@ struct SwappedDecodeTraits {
         TransactionBarrier early_block;  // copied before it was known to be the first one
         TransactionBarrier block_full[kNumStages];
         Barrier block_empty[kNumStages];
-        Barrier may_send;             // every CTA of the cluster is done with its query rows, whose place results take
-        TransactionBarrier received;  // the results of every CTA of the cluster for the columns of this one
+        Barrier may_send;         // every CTA of the cluster is done with its query rows, whose place results take
+        Barrier statistics_left;  // of the rows, in this CTA
+        TransactionBarrier received_statistics;  // those of every CTA of the cluster
+        Barrier weighed;                         // the outputs of every CTA
+        TransactionBarrier received;             // these outputs, for the columns of this CTA
     };
 
     // Results of a CTA for 64 columns, in 16 bits: a vector per two tiles of 8 rows and thread, as the accumulators
     // hold them.
     static constexpr int kVectorsPerChunk = kRowTiles / 2 * 128;
-    // 8 chunks go to 6 CTAs: two to some, from 6 each.
-    static constexpr int kMaxReceivedChunks = kRows <= 16 ? 12 : kLatentChunks;
+    // 8 chunks go to 6 CTAs: two to some, from 6 each. 16 CTAs get a half of one from each.
+    static constexpr int kMaxCtas = max_split_ctas(kRows);
+    static constexpr int kMaxReceivedChunks = kMaxCtas;
+    static_assert(kMaxReceivedChunks >= kLatentChunks && (kRows > 16 || kMaxReceivedChunks >= 2 * 6));
     // Where bits do not depend on the batch, nothing is received, and with 16 rows outputs wait in this place as they
     // are.
     static constexpr int kReceivedVectors = kSummation == Summation::kByWorkers ? kMaxReceivedChunks * kVectorsPerChunk
@@ -94,10 +100,11 @@ struct SwappedDecodeTraits {
         alignas(16) float largest[kNumGroups][4][kRows / kNumGroups];
         float row_sum[4][kRows];
         float rescale[kRows];
-        float reference[kRows];                                        // log2
-        alignas(16) uint32_t largest_output[kRows][kNumGroups * 4];    // by warp
-        alignas(16) float4 received_statistics[kMaxSplitCtas][kRows];  // reference, sum and scale, by sender
-        alignas(8) float weight[kMaxSplitCtas][kRows];
+        float reference[kRows];                                   // log2
+        alignas(16) float2 received_statistics[kMaxCtas][kRows];  // reference and sum, by sender
+        // What a warp's outputs of a row are multiplied with, by own chunk and sender.
+        alignas(8) float received_scale[kMaxReceivedChunks][4][kRows];
+        alignas(8) float weight[kMaxCtas][kRows];
         alignas(8) bool exceeds[kNumGroups][4];  // by warp
         int must_rescale[kNumGroups];
         alignas(8) Barriers barriers;
@@ -109,13 +116,11 @@ struct SwappedDecodeTraits {
 // even.
 struct BlockRange {
     int begin, end;
-    int num_active;  // CTAs with blocks, the first ones
 
     __device__ BlockRange(Piece const& piece, int rank, int num_ctas) {
         int const each = piece.num_blocks() / num_ctas, rest = piece.num_blocks() - each * num_ctas;
         begin = piece.begin_block + rank * each + min(rank, rest);
         end = begin + each + (rank < rest);
-        num_active = each > 0 ? num_ctas : rest;
     }
 };
 
