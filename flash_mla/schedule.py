@@ -28,7 +28,7 @@ METADATA_COLUMNS = 8
 DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
 DENSE_WHOLE_TILE_OF_FEW = 2
 SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 3, 2
-SWAPPED_WHOLE_TILE = 2
+SWAPPED_WHOLE_TILE = 2  # up to which a tile is not cut where tiles are divided evenly
 SWAPPED_SPLIT_OVERHEAD_OF_MORE = 4  # with tiles of 32 rows
 SEGMENTS_SPLIT_OVERHEAD = 2  # of its CTAs where bits do not depend on the batch
 

@@ -95,7 +95,7 @@ private:
         for (int i = 0; i < kRowsOfTile; ++i) {
             float2 const statistics = this->statistics(row_of(tile, i));  // reference and sum
             inverse[i] = statistics.y == 0.f ? 0.f : __fdividef(1.f, statistics.y);
-            log2_sum[i] = statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x;
+            log2_sum[i] = log2_sum_of(statistics);
         }
         for_each_output([&](int i, int m, int h) {
             float& output = outputs(cute::make_coord(i, h, tile), m, 0);

@@ -32,13 +32,13 @@ struct MergingConsumer : SwappedConsumer<Traits> {
                 this->share_statistics();
                 store_own(piece, outputs);
             } else {
-                send(outputs, num_active_of(piece));
+                send(outputs, num_active_ctas(piece, num_ctas()));
             }
             // While results are on their way.
             Piece following;
             has_piece = this->next_with_keys(pieces, following);
             if (Traits::kHasRoomForBoth && has_piece) this->load_q(following);
-            if (!is_alone()) merge(piece, num_active_of(piece));
+            if (!is_alone()) merge(piece, num_active_ctas(piece, num_ctas()));
             if (has_piece) {
                 sync_consumers();
                 if (Traits::kHasRoomForBoth) {
@@ -54,20 +54,6 @@ struct MergingConsumer : SwappedConsumer<Traits> {
 
 private:
     __device__ Shares shares() const { return {num_ctas(), rank()}; }
-    // The CTAs that have blocks of a piece, the first ones.
-    __device__ int num_active_of(Piece const& piece) const { return min(piece.num_blocks(), num_ctas()); }
-    // Calls function(chunk, tile, own chunk) for the tiles of 8 rows of what this CTA merges, those of this thread.
-    template <typename Function>
-    __device__ void for_each_own_tile(Function const& function) const {
-        Shares const shares = this->shares();
-        int const num_own_tiles = shares.num_own_chunks() * kRowTiles;
-        if (!shares.has_warps_half(thread_in_warpgroup_now() / 32)) return;
-#pragma unroll 1
-        for (int i = thread_now() / 128; i < num_own_tiles; i += Traits::kNumGroups) {
-            function(shares.chunk(i / kRowTiles), i % kRowTiles, i / kRowTiles);
-        }
-    }
-
     // Tells the CTAs of the cluster that they may send here, by all consumers after a barrier.
     __device__ void allow_sending() const {
         if (!is_alone() && group == 0 && thread < num_ctas()) shared.barriers.may_send.arrive(thread);
@@ -170,9 +156,7 @@ private:
             }
         }
         if (int const row = int(thread_now()); row < kRows) {
-            float2 const statistics = this->statistics(row);
-            store_lse<Traits>(params, piece, row,
-                              statistics.y == 0.f ? kMinusInfinity : log2f(statistics.y) + statistics.x);
+            store_lse<Traits>(params, piece, row, log2_sum_of(this->statistics(row)));
         }
     }
 
@@ -180,11 +164,16 @@ private:
     __device__ void merge(Piece const& piece, int num_active) const {
         shared.barriers.weighed.wait(piece_count % 2);
         shared.barriers.received.wait(piece_count % 2);
-        for_each_own_tile([&](int chunk, int tile, int own_chunk) {
+        Shares const shares = this->shares();
+        int const num_own_tiles = shares.num_own_chunks() * kRowTiles;
+        if (!shares.has_warps_half(thread_in_warpgroup_now() / 32)) return;
+#pragma unroll 1
+        for (int i = thread_now() / 128; i < num_own_tiles; i += Traits::kNumGroups) {
+            int const own_chunk = i / kRowTiles, tile = i % kRowTiles, chunk = shares.chunk(own_chunk);
             float sum[4] = {};
             add_from_senders(own_chunk, tile, num_active, sum);
             store(piece, chunk, tile, sum);
-        });
+        }
     }
 
     __device__ void add_from_senders(int own_chunk, int tile, int num_active, float (&sum)[4]) const {

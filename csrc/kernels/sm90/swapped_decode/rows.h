@@ -1,6 +1,7 @@
 // The query rows of a tile: where they are, what is known of them, and what a CTA has of their outputs.
 #pragma once
 
+#include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/swapped_decode/traits.h"
 #include "params/query_rows.h"
 
@@ -32,6 +33,14 @@ __device__ float2 statistics_of(SharedStorage const& shared, int row) {
     return {shared.reference[row],
             (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row])};
 }
+
+// log2-sum-exp2 of a row with this reference and sum; -inf if it saw no key.
+__device__ inline float log2_sum_of(float2 const& statistics) {
+    return statistics.y == 0.f ? OnlineSoftmax::kMinusInfinity : log2f(statistics.y) + statistics.x;
+}
+
+// The CTAs of a cluster that have blocks of a piece, the first ones.
+__device__ inline int num_active_ctas(Piece const& piece, int num_ctas) { return min(piece.num_blocks(), num_ctas); }
 
 // Who merges what in a cluster: chunk c of the output is merged by CTA c % num_ctas; where there are more of these than
 // chunks, a half each, of two warps.

@@ -4,6 +4,7 @@
 
 #include "kernels/sm90/primitives/approximations.h"
 #include "kernels/sm90/primitives/cluster.h"
+#include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/swapped_decode/rows.h"
 #include "kernels/sm90/swapped_decode/traits.h"
 
@@ -13,7 +14,7 @@ template <typename Traits>
 struct StatisticsWarp {
     static constexpr int kRows = Traits::kRows;
     static constexpr int kLanesPerRow = 32 / kRows, kSendersPerLane = Traits::kMaxCtas / kLanesPerRow;
-    static constexpr float kMinusInfinity = -INFINITY;
+    static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
 
     DenseDecodeParams const& params;
     typename Traits::SharedStorage& shared;
@@ -40,7 +41,7 @@ private:
     __device__ int num_ctas() const { return params.grid.split_ctas; }
 
     __device__ void exchange(Piece const& piece, uint32_t count, int lane) const {
-        if (lane == 0) expect_results(min(piece.num_blocks(), num_ctas()));
+        if (lane == 0) expect_results(piece);
         shared.barriers.statistics_left.wait(count % 2);
         // Nobody reads the query rows any more, whose place results may take.
         if (!Traits::kHasRoomForBoth && lane < num_ctas()) shared.barriers.may_send.arrive(lane);
@@ -53,7 +54,8 @@ private:
         shared.barriers.received.wait(count % 2);
     }
 
-    __device__ void expect_results(int num_active) const {
+    __device__ void expect_results(Piece const& piece) const {
+        int const num_active = num_active_ctas(piece, num_ctas());
         int const bytes_per_warp = Traits::kVectorsPerChunk / 4 * sizeof(float4) + kRows * sizeof(float);
         int const num_warps = Shares{num_ctas(), rank}.num_warps();
         shared.barriers.received.arrive_and_expect_tx(num_active * num_warps * bytes_per_warp);
@@ -92,8 +94,7 @@ private:
         float const inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
 #pragma unroll
         for (int i = 0; i < kSendersPerLane; ++i) shared.weight[first + i][row] = weight[i] * inverse;
-        if (rank == 0 && lane < kRows)
-            store_lse<Traits>(params, piece, row, total == 0.f ? kMinusInfinity : log2f(total) + largest);
+        if (rank == 0 && lane < kRows) store_lse<Traits>(params, piece, row, log2_sum_of({largest, total}));
     }
 };
 
