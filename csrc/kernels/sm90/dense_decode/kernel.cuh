@@ -126,18 +126,18 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
     if (role == WarpgroupRole::kScores) {
         cutlass::arch::warpgroup_reg_alloc<Traits::kScoresRegisters>();
-        begin();
-        // Behind the wait, since all warps have to find the same.
         Piece const likely = likely_first_piece(params);
+        begin();
         ScoresMainloop<Traits>{params, maps, shared}.run(likely);
     } else {
         if (is_first_loader) {
             typename BlockLoader<Traits>::Early const early(params);
-            int page = kNoPage;
-            if (thread == 0) page = loader.look_ahead(early);
+            int page[BlockLoader<Traits>::kNumEarly];
+            if (thread == 0) loader.look_ahead(early, page);
             __syncwarp();
             begin();
-            loader.load_first_blocks(early, page);
+            if (thread == 0) loader.load_first_blocks(early, page);
+            __syncwarp();
         } else {
             begin();
         }

@@ -18,70 +18,36 @@ struct BlockLoader {
     DenseDecodeMaps const& maps;
     typename Traits::SharedStorage& shared;
 
-    // What seems to be the first block before the kernel before has ended: each CTA of a cluster brings a part of it to
-    // the L2. By one thread.
+    // What seems to be the first blocks before the kernel before has ended: each CTA of a cluster brings a part of the
+    // very first one to the L2. By one thread.
     using Early = EarlyPiece<typename Traits::Pieces>;
-    __device__ int look_ahead(Early const& early) const {
-        int const page = early.exists ? early_page(params, early.piece, early.piece.begin_block) : kNoPage;
-        if (page == kNoPage) return page;
+    static constexpr int kNumEarly = Traits::kNumStages;
+    __device__ void look_ahead(Early const& early, int (&page)[kNumEarly]) const {
+        early_pages(params, early, early.piece.begin_block, early.piece.end_block, page);
+        if (page[0] == kNoPage) return;
         for (int half = 0; half < 2; ++half) {
             if (copies_half(half))
-                prefetch_latent(maps, half * Traits::kChunksPerHalf, early.piece.place.head_kv, page);
+                prefetch_latent(maps, half * Traits::kChunksPerHalf, early.piece.place.head_kv, page[0]);
         }
-        prefetch_rope(maps, early.piece.place.head_kv, page);
-        return page;
+        prefetch_rope(maps, early.piece.place.head_kv, page[0]);
     }
 
-    // Asks for it, for this CTA alone, as soon as the kernel before has ended, and then finds out whether it is the
-    // first one.
-    __device__ void load_first_block(Early const& early, int page) const {
-        auto const sources = early.read_again(params);
-        int const page_now = page == kNoPage ? kNoPage : early_page(params, early.piece, early.piece.begin_block);
-        if (page != kNoPage) load_first({page, early.piece.place.head_kv}, shared.barriers.early_block);
-        bool const is_right = page != kNoPage && page_now == page && early.is_from(sources);
-        if (is_right) {
-            shared.loads.begin(params, shared.pieces, early, page, shared.order[0]);
-        } else {
-            shared.loads.begin(params);
-            look_up_one({0});
-            cute::cp_async_wait<0>();
-        }
-        if (page != kNoPage) shared.barriers.early_block.wait(0);
-        LoadOrder const order = shared.order[0];
-        if (order.head_kv == LoadOrder::kNothing) return;
-        auto& full = shared.barriers.block_full[0];
-        if (!is_right) load_first(order, full);
-        for (int i = is_right ? 0 : 1; i < kArrivals; ++i) full.arrive();
-    }
-
-    // The first blocks are loaded by the first warp of an output warpgroup, which has nothing else to do yet. It asks
+    // The first blocks are loaded by the first thread of an output warpgroup, which has nothing else to do yet. It asks
     // for the second when the query rows have come, so that these and the first block come first, and for the last one
     // when the query rows have left its stage.
-    __device__ void load_first_blocks(Early const& early, int page) const {
-        bool const is_loading_thread = thread_in_warpgroup_now() == 0;
-        if (is_loading_thread) load_first_block(early, page);
-        __syncwarp();
-#pragma unroll 1
-        for (uint32_t block = 1; block < Traits::kNumStages; ++block) look_up({block});
-        cute::cp_async_wait<0>();
-        if (is_loading_thread) {
-            shared.barriers.first_pages.arrive();
-            if (shared.order[0].head_kv != LoadOrder::kNothing) shared.barriers.first_rows[0].wait(0);
-            load_own_share({1});
-            for (int half = 0; half < 2; ++half) {
-                if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
-            }
+    __device__ void load_first_blocks(Early const& early, int const (&page)[kNumEarly]) const {
+        load_first_block(early, page);
+        if (shared.order[0].head_kv != LoadOrder::kNothing) shared.barriers.first_rows[0].wait(0);
+        load_own_share({1});
+        for (int half = 0; half < 2; ++half) {
+            if (copies_half(half)) fill_half({Traits::kNumStages - 1}, half);
         }
-        __syncwarp();
     }
 
     // By one warp at a time. The query rows of the piece that begins with the block are fetched into the L2, unless
     // they are loaded right away or no map describes them.
     __device__ void look_up(BlockPosition<Traits> const& block) const {
-        if (thread_in_warpgroup_now() % 32 == 0) {
-            bool const enters_piece = look_up_one(block);
-            if (enters_piece && maps.has_q) prefetch_q<Traits>(maps.q, shared.pieces.latest());
-        }
+        if (thread_in_warpgroup_now() % 32 == 0) look_up_later(block);
         __syncwarp();
     }
 
@@ -110,6 +76,42 @@ private:
 
     __device__ bool look_up_one(BlockPosition<Traits> const& block) const {
         return shared.loads.look_up(params, shared.pieces, [&]() -> LoadOrder& { return shared.order[block.order()]; });
+    }
+
+    __device__ void look_up_later(BlockPosition<Traits> const& block) const {
+        bool const enters_piece = look_up_one(block);
+        if (enters_piece && maps.has_q) prefetch_q<Traits>(maps.q, shared.pieces.latest());
+    }
+
+    // What seems to be the first block is asked for, for this CTA alone, as soon as the kernel before has ended. While
+    // it is on its way, it is found out whether it is the first one, and where the next ones are.
+    __device__ void load_first_block(Early const& early, int const (&page)[kNumEarly]) const {
+        auto sources = early.read_again(params);
+        int page_now[kNumEarly];
+        page_entries(params, early, early.piece.begin_block, page, page_now);
+        auto& barriers = shared.barriers;
+        bool const is_early = page[0] != kNoPage;
+        if (is_early) load_first({page[0], early.piece.place.head_kv}, barriers.early_block);
+        bool is_right = is_early && early.is_from(sources);
+        for (int i = 0; i < kNumEarly; ++i) is_right &= page[i] == page_now[i];
+        uint32_t num_known = 1;
+        if (is_right) {
+            num_known = shared.loads.begin(params, shared.pieces, early, page, shared.order);
+        } else {
+            shared.loads.begin(params);
+            look_up_one({0});
+            cute::cp_async_wait<0>();
+        }
+#pragma unroll 1
+        for (; num_known < kNumEarly; ++num_known) look_up_later({num_known});
+        cute::cp_async_wait<0>();
+        barriers.first_pages.arrive();
+        if (is_early) barriers.early_block.wait(0);
+        LoadOrder const order = shared.order[0];
+        if (order.head_kv == LoadOrder::kNothing) return;
+        auto& full = barriers.block_full[0];
+        if (!is_right) load_first(order, full);
+        for (int i = is_right ? 0 : 1; i < kArrivals; ++i) full.arrive();
     }
 
     // The whole first block, for this CTA alone.

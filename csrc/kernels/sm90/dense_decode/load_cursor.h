@@ -21,17 +21,25 @@ struct LoadOrder {
 template <typename Pieces>
 class LoadCursor {
 public:
-    // With a piece that is known, and where its first block is.
-    __device__ void begin(DenseDecodeParams const& params, PieceQueue& queue, EarlyPiece<Pieces> const& early, int page,
-                          LoadOrder& order) {
+    // With a piece that is known, and where its first blocks are. Returns how many.
+    template <int kNumPages>
+    __device__ uint32_t begin(DenseDecodeParams const& params, PieceQueue& queue, EarlyPiece<Pieces> const& early,
+                              int const (&page)[kNumPages], LoadOrder* orders) {
         pieces_ = early.pieces;
         queue.next() = early.piece;
         queue.publish_next();
         Position at = begin_of(params, early.piece);
-        order = {page, at.head_kv};
-        ++at.pages;
-        --at.blocks_left;
+        uint32_t num_known = 0;
+#pragma unroll
+        for (int i = 0; i < kNumPages; ++i) {
+            if (num_known != i || page[i] == kNoPage) continue;
+            orders[i] = {page[i], at.head_kv};
+            ++num_known;
+        }
+        at.pages += num_known;
+        at.blocks_left -= num_known;
         at_ = at;
+        return num_known;
     }
     __device__ void begin(DenseDecodeParams const& params) {
         pieces_ = Pieces(params);

@@ -53,7 +53,7 @@ struct QRegisters {
             if (is_first_thread) full.arrive();
         } else if (is_first_thread) {
             full.arrive_and_expect_tx(Traits::kNumChunks * Traits::kChunkBytes);
-#pragma unroll
+#pragma unroll 1
             for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
                 cute::SM90_TMA_LOAD_4D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
                                              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),

@@ -37,7 +37,7 @@ struct ScoresMainloop {
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q;
 
-    // likely: of the tile of the first piece, unless that has no keys; the same for all threads.
+    // likely: of the tile of the first piece, as it seemed to be before the kernel before had ended.
     __device__ void run(Piece const& likely) {
         load_first_q(likely);
         while (!next_piece().is_end()) {
@@ -95,21 +95,24 @@ private:
         release_probabilities();
     }
 
-    __device__ void load_first_q(Piece const& likely) {
-        auto& first_rows = shared.barriers.first_rows;
-        if (!likely.is_end()) {
-            q.begin_loading(params, maps, shared, likely, kFirstRowsStage, first_rows[0]);
-        } else if (thread_in_warpgroup_now() == 0) {
-            first_rows[0].arrive();
-        }
+    // Warps may have found different likely tiles. One thread asks for rows by a map; for those that are gathered by
+    // all threads they look again.
+    __device__ void load_first_q(Piece likely) {
+        if (!maps.has_q) likely = likely_first_piece(params);
+        load_first_q(likely, !likely.is_end(), shared.barriers.first_rows[0]);
         Piece const& piece = next_piece();
-        first_rows[0].wait(0);
-        if (!piece.is_end() && !piece.is_of_tile(likely)) {
-            q.begin_loading(params, maps, shared, piece, kFirstRowsStage, first_rows[1]);
-            first_rows[1].wait(0);
-        }
+        shared.barriers.first_rows[0].wait(0);
+        load_first_q(piece, !piece.is_end() && !piece.is_of_tile(likely), shared.barriers.first_rows[1]);
+        shared.barriers.first_rows[1].wait(0);
         q.load_staged(shared, kFirstRowsStage);
         leave_stage(kFirstRowsStage);
+    }
+    __device__ void load_first_q(Piece const& piece, bool loads, TransactionBarrier& full) {
+        if (loads) {
+            q.begin_loading(params, maps, shared, piece, kFirstRowsStage, full);
+        } else if (thread_in_warpgroup_now() == 0) {
+            full.arrive();
+        }
     }
 
     // Where the next piece is of another tile, its query rows pass through the stage of the last block, as soon as the

@@ -19,6 +19,14 @@ struct EarlyPiece {
     struct Sources {
         WorkerRow row;
         int seqlen;
+
+        // To be called where they may be looked at, and so waited for, from then on: the compiler would do that earlier.
+        __device__ void arrive() {
+            asm volatile(""
+                         : "+r"(row.begin_batch), "+r"(row.begin_tile), "+r"(row.begin_block), "+r"(row.end_batch),
+                           "+r"(row.end_tile), "+r"(row.end_block), "+r"(row.num_pieces), "+r"(row.last_worker),
+                           "+r"(seqlen));
+        }
     };
 
     WorkerRow row;
@@ -35,12 +43,27 @@ struct EarlyPiece {
     __device__ bool is_from(Sources const& now) const { return exists && now.row == row && now.seqlen == piece.seqlen; }
 };
 
-// The page of a block of a piece, or kNoPage if there is none.
 inline constexpr int kNoPage = -1;
-__device__ inline int early_page(DenseDecodeParams const& params, Piece const& piece, int block) {
-    if (uint32_t(block) >= uint32_t(min(piece.end_block, params.block_table_columns))) return kNoPage;
-    int const page = PastL1::load(params.block_table + piece.batch * params.block_table_stride + block);
-    return uint32_t(page) < uint32_t(params.num_blocks) ? page : kNoPage;
+// The pages of the first of these blocks of an early piece; kNoPage where there is none.
+template <typename Pieces, int kNumPages>
+__device__ void early_pages(DenseDecodeParams const& params, EarlyPiece<Pieces> const& early, int begin, int end,
+                            int (&page)[kNumPages]) {
+    int const* const entries = params.block_table + early.piece.batch * params.block_table_stride;
+    end = early.exists ? min(end, params.block_table_columns) : begin;
+#pragma unroll
+    for (int i = 0; i < kNumPages; ++i) {
+        page[i] = uint32_t(begin + i) < uint32_t(end) ? PastL1::load(entries + begin + i) : kNoPage;
+        if (uint32_t(page[i]) >= uint32_t(params.num_blocks)) page[i] = kNoPage;
+    }
+}
+// What the block table says now of those that were there. Nothing here waits for it.
+template <typename Pieces, int kNumPages>
+__device__ void page_entries(DenseDecodeParams const& params, EarlyPiece<Pieces> const& early, int begin,
+                             int const (&page)[kNumPages], int (&page_now)[kNumPages]) {
+    int const* const entries = params.block_table + early.piece.batch * params.block_table_stride;
+#pragma unroll
+    for (int i = 0; i < kNumPages; ++i)
+        page_now[i] = page[i] == kNoPage ? kNoPage : PastL1::load(entries + begin + i);
 }
 
 // Four chunks of a block's latent columns, and its RoPE columns, to the L2.

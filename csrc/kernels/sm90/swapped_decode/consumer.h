@@ -64,12 +64,13 @@ protected:
         EarlyPiece<typename Traits::Pieces> const early(params);
         wait_for_previous_kernel();
         allow_dependent_launch();
-        auto const sources = early.read_again(params);
+        auto sources = early.read_again(params);
         pieces = early.pieces, piece = early.piece;
         bool has_piece = early.exists, is_known = false;
 #pragma unroll 1
         for (;;) {
             if (has_piece) load_q(piece);
+            sources.arrive();
             if (is_known || early.is_from(sources)) return has_piece;
             cute::cp_async_wait<0>();
             pieces = typename Traits::Pieces(params);

@@ -25,7 +25,7 @@ struct SwappedProducer {
         BlockRange const blocks(early.piece, rank, params.grid.split_ctas);
         int const head_kv = early.piece.place.head_kv;
         int page[Traits::kNumStages];
-        read_pages(early, blocks, page);
+        early_pages(params, early, blocks.begin, blocks.end, page);
         for (int const each : page) {
             if (each != kNoPage) prefetch_block(each, head_kv);
         }
@@ -34,7 +34,7 @@ struct SwappedProducer {
 
         auto const sources = early.read_again(params);
         int page_now[Traits::kNumStages];
-        read_pages(early, blocks, page_now);
+        page_entries(params, early, blocks.begin, page, page_now);
         auto& early_block = shared.barriers.early_block;
         if (page[0] != kNoPage) copy_block(page[0], head_kv, 0, early_block);
         bool is_right = early.is_from(sources) && page[0] != kNoPage;
@@ -55,15 +55,6 @@ struct SwappedProducer {
     }
 
 private:
-    __device__ void read_pages(EarlyPiece<typename Traits::Pieces> const& early, BlockRange const& blocks,
-                               int (&page)[Traits::kNumStages]) const {
-#pragma unroll
-        for (int i = 0; i < Traits::kNumStages; ++i) {
-            bool const exists = early.exists && blocks.begin + i < blocks.end;
-            page[i] = exists ? early_page(params, early.piece, blocks.begin + i) : kNoPage;
-        }
-    }
-
     __device__ void prefetch_block(int page, int head_kv) const {
         for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kLatentChunks / 2)
             prefetch_latent(maps, chunk, head_kv, page);
