@@ -34,6 +34,9 @@ __device__ float max_or_nan(float x, float y) {
     return result;
 }
 
+__device__ float inverse_or_0(float x) { return x == 0.f ? 0.f : 1.f / x; }
+__device__ float2 scaled(float2 pair, float factor) { return {pair.x * factor, pair.y * factor}; }
+
 // Lists the tiles that are cut, in the order of the workers, for all threads of the CTA. Returns how many.
 __device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tiles) {
     __shared__ int cuts_of_warp[kWarpsPerCta];
@@ -137,27 +140,35 @@ struct Sums {
     __device__ float log2_sum() const { return weight == 0.f ? -INFINITY : log2f(weight) + reference; }
 };
 
-// Adds what the other warps have to what the first has, in their order. By the whole CTA.
-__device__ void add_warps(Sums<1>& sums) {
-    __shared__ float of_warps[kWarpsPerCta - 1][kNumbersPerThread + 2][kWarpSize];
-    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    __syncthreads();  // the first warp may still read what was there before
-    if (warp > 0) {
-        float (*to)[kWarpSize] = of_warps[warp - 1];
+// A pair of columns of what all warps have, added up in their order: the first pair by the first warp, and so on. By the
+// whole CTA.
+struct PairOfSums {
+    float2 number;
+    float weight, log2_sum;
+
+    __device__ PairOfSums(Sums<1> const& sums, bool is_first_item) {
+        __shared__ float of_warps[kWarpsPerCta][kNumbersPerThread + 2][kWarpSize];
+        static_assert(kNumbersPerThread == 2 * kWarpsPerCta);
+        int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+        if (!is_first_item) __syncthreads();  // others may still read what was there before
+        float(*to)[kWarpSize] = of_warps[warp];
         for (int i = 0; i < kNumbersPerThread; ++i) to[i][lane] = sums.number[0][i];
         to[kNumbersPerThread][lane] = sums.weight;
         to[kNumbersPerThread + 1][lane] = sums.reference;
+        __syncthreads();
+        float reference = -INFINITY;
+        for (auto const& from : of_warps) reference = max_or_nan(reference, from[kNumbersPerThread + 1][lane]);
+        float const offset = reference == -INFINITY ? 0.f : reference;
+        number = {}, weight = 0.f;
+        for (auto const& from : of_warps) {
+            float const factor = exp2f(from[kNumbersPerThread + 1][lane] - offset);
+            number.x = fmaf(factor, from[2 * warp][lane], number.x);
+            number.y = fmaf(factor, from[2 * warp + 1][lane], number.y);
+            weight = fmaf(factor, from[kNumbersPerThread][lane], weight);
+        }
+        log2_sum = weight == 0.f ? -INFINITY : log2f(weight) + reference;
     }
-    __syncthreads();
-    if (warp > 0) return;
-    for (auto const& from : of_warps) {
-        float const reference = from[kNumbersPerThread + 1][lane];
-        sums.raise(reference);
-        float const factor = sums.weight_of(reference);
-        for (int i = 0; i < kNumbersPerThread; ++i) sums.number[0][i] = fmaf(factor, from[i][lane], sums.number[0][i]);
-        sums.weight = fmaf(factor, from[kNumbersPerThread][lane], sums.weight);
-    }
-}
+};
 
 constexpr int num_row_groups_of(DenseDecodeParams const& params) {
     int const rows_per_tile = params.grid.rows_per_tile;
@@ -254,20 +265,25 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
                 for (int part = 0; part < kPartsAtOnce; ++part) numbers[i][part].add_to(sums.number[part], weight);
             }
         }
-        if constexpr (kSharesPieces) add_warps(sums);
-        if (at.exists && !(kSharesPieces && warp > 0)) {
-            float const inverse_total = sums.weight == 0.f ? 0.f : 1.f / sums.weight;
-            if (first_column == 0 && lane % 4 == 0) {
-                params.lse[lse_offset(params, cut.batch, at)] = natural_lse(sums.log2_sum());
+        Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
+        auto const store_lse = [&](float log2_sum) {
+            if (first_column == 0 && lane % 4 == 0) params.lse[lse_offset(params, cut.batch, at)] = natural_lse(log2_sum);
+        };
+        if constexpr (kSharesPieces) {
+            PairOfSums const pair(sums, number == blockIdx.x);
+            if (at.exists) {
+                if (warp == 0) store_lse(pair.log2_sum);
+                store_columns(out + Numbers::column(warp, lane), scaled(pair.number, inverse_or_0(pair.weight)));
             }
-            Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
+        } else if (at.exists) {
+            store_lse(sums.log2_sum());
+            float const inverse_total = inverse_or_0(sums.weight);
 #pragma unroll
             for (int part = 0; part < kPartsAtOnce; ++part) {
 #pragma unroll
                 for (int i = 0; i < kNumbersPerThread / 2; ++i) {
-                    store_columns(
-                        out + part * kBoxColumns + Numbers::column(i, lane),
-                        float2{sums.number[part][2 * i] * inverse_total, sums.number[part][2 * i + 1] * inverse_total});
+                    float2 const pair{sums.number[part][2 * i], sums.number[part][2 * i + 1]};
+                    store_columns(out + part * kBoxColumns + Numbers::column(i, lane), scaled(pair, inverse_total));
                 }
             }
         }
@@ -293,7 +309,7 @@ constexpr Way kWay = {split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kS
 constexpr int kSpareCtasPerSm = 2;
 constexpr size_t kMostSharedBytes = 110 * 1024;
 size_t shared_bytes_to_spread(int num_ctas, int num_sms) {
-    constexpr size_t kOfSm = 227 * 1024, kStaticAndReserved = 6 * 1024;
+    constexpr size_t kOfSm = 227 * 1024, kStaticAndReserved = 7 * 1024;
     int const ctas_per_sm = std::min(ceil_div(num_ctas, num_sms) + kSpareCtasPerSm, kCtasPerSm);
     return ctas_per_sm < kCtasPerSm ? kOfSm / ctas_per_sm - kStaticAndReserved : 0;
 }

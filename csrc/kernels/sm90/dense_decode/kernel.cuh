@@ -86,8 +86,8 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
     barriers.early_block.init(1);
-    for (auto& first_rows : barriers.first_rows) first_rows.init(1);
-    barriers.next_rows.init(1);
+    for (auto& first_rows : barriers.first_rows) first_rows.init(4);
+    barriers.next_rows.init(4);
     barriers.first_pages.init(1);
 }
 
@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
     // Nobody leaves while another CTA may still write into its shared memory.
-    if constexpr (Traits::kClusterSize > 1) cute::cluster_sync();
+    // A CTA waits for all that another one copies to it or announces to it: for the bytes of each block, and for each stage
+    // to be consumed before it is filled again, or would be. So nothing comes after its end, and the cluster need not wait,
+    // which would be until all results are stored.
 }
 
 }  // namespace flash_mla::sm90

@@ -42,19 +42,20 @@ struct QRegisters {
     // Undefined until loaded: zeros would occupy the registers from the start.
     __device__ QRegisters() {}
 
-    // Brings all columns into shared memory, those for registers by way of a stage that is free. By the scores
-    // warpgroup; whoever waits for `full`, whose phase this is, knows that they are there if he brought them himself.
+    // Brings all columns into shared memory, those for registers by way of a stage that is free: a warp of the scores
+    // warpgroup its share of them, some chunks, or its rows where they are gathered. Each warp arrives at `full` once,
+    // also where it has nothing to bring.
     __device__ static void begin_loading(DenseDecodeParams const& params, DenseDecodeMaps const& maps,
-                                         SharedStorage& shared, Piece const& piece, uint32_t stage,
+                                         SharedStorage& shared, Piece const& piece, bool loads, uint32_t stage,
                                          TransactionBarrier& full) {
-        bool const is_first_thread = thread_in_warpgroup_now() == 0;
-        if (!maps.has_q) {
-            gather(params, shared, piece, stage);
-            if (is_first_thread) full.arrive();
-        } else if (is_first_thread) {
-            full.arrive_and_expect_tx(Traits::kNumChunks * Traits::kChunkBytes);
+        int const thread = thread_in_warpgroup_now(), warp = thread / 32;
+        bool const is_by_map = loads && maps.has_q;
+        if (loads && !maps.has_q) gather(params, shared, piece, stage);
+        if (thread % 32 == 0 && !is_by_map) full.arrive();
+        if (thread % 32 == 0 && is_by_map) {
+            full.arrive_and_expect_tx(((Traits::kNumChunks - warp + 3) / 4) * Traits::kChunkBytes);
 #pragma unroll 1
-            for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
+            for (int chunk = warp; chunk < Traits::kNumChunks; chunk += 4) {
                 cute::SM90_TMA_LOAD_4D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
                                              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                              chunk_place(shared, stage, chunk), chunk * Traits::kChunkColumns,
@@ -74,8 +75,6 @@ struct QRegisters {
             load_matrix_x4((address ^ in_chunk) + step / Traits::kStepsPerChunk * Traits::kChunkBytes, word[4 * step],
                            word[4 * step + 1], word[4 * step + 2], word[4 * step + 3]);
         }
-        // Copies come to where these rows were.
-        cutlass::arch::fence_view_async_shared();
     }
 
 private:

@@ -46,6 +46,7 @@ struct ScoresMainloop {
             write_stats(softmax);
             load_next_q();
         }
+        if (at.count == 0) leave_stage(kFirstRowsStage);
         write_empty_pieces();
     }
 
@@ -75,7 +76,10 @@ private:
             // through with these scores, and then busy with the output while the softmax is computed.
             issue_scores(scores, !is_first, probabilities);
             if (is_first) {
-                if (at.count == 0) shared.barriers.first_pages.wait(0);
+                if (at.count == 0) {
+                    leave_stage(kFirstRowsStage);
+                    shared.barriers.first_pages.wait(0);
+                }
                 if (blocks_left != 0) refill_rope();
             } else {
                 release_probabilities();
@@ -88,31 +92,23 @@ private:
             // next S.
             cute::cp_async_wait<0>();
             if (is_masked) mask(scores, blocks_left);
-            compute_probabilities(scores, softmax, probabilities);
+            compute_probabilities(scores, softmax, is_first, probabilities);
             at.advance();
         } while (blocks_left != 0);
         store_last(probabilities);
         release_probabilities();
     }
 
-    // Warps may have found different likely tiles. One thread asks for rows by a map; for those that are gathered by
-    // all threads they look again.
-    __device__ void load_first_q(Piece likely) {
-        if (!maps.has_q) likely = likely_first_piece(params);
-        load_first_q(likely, !likely.is_end(), shared.barriers.first_rows[0]);
+    // Warps may have found different likely tiles, and each corrects its own share.
+    __device__ void load_first_q(Piece const& likely) {
+        auto& first_rows = shared.barriers.first_rows;
+        q.begin_loading(params, maps, shared, likely, !likely.is_end(), kFirstRowsStage, first_rows[0]);
         Piece const& piece = next_piece();
-        shared.barriers.first_rows[0].wait(0);
-        load_first_q(piece, !piece.is_end() && !piece.is_of_tile(likely), shared.barriers.first_rows[1]);
-        shared.barriers.first_rows[1].wait(0);
+        first_rows[0].wait(0);
+        bool const was_wrong = !piece.is_end() && !piece.is_of_tile(likely);
+        q.begin_loading(params, maps, shared, piece, was_wrong, kFirstRowsStage, first_rows[1]);
+        first_rows[1].wait(0);
         q.load_staged(shared, kFirstRowsStage);
-        leave_stage(kFirstRowsStage);
-    }
-    __device__ void load_first_q(Piece const& piece, bool loads, TransactionBarrier& full) {
-        if (loads) {
-            q.begin_loading(params, maps, shared, piece, kFirstRowsStage, full);
-        } else if (thread_in_warpgroup_now() == 0) {
-            full.arrive();
-        }
     }
 
     // Where the next piece is of another tile, its query rows pass through the stage of the last block, as soon as the
@@ -123,7 +119,7 @@ private:
         bool const stays_in_tile = Traits::kSummation == Summation::kBySegments && current_piece().is_partial() &&
                                    !SegmentOfWorker::unpacked(current_piece().slot).is_last();
         if (stays_in_tile) {
-            if (thread_in_warpgroup_now() == 0) shared.barriers.next_rows.arrive();
+            if (thread_in_warpgroup_now() % 32 == 0) shared.barriers.next_rows.arrive();
             shared.barriers.next_rows.wait(index % 2);
             __syncwarp();
             cutlass::arch::NamedBarrier::arrive(3 * 128, kRowsBarrier);
@@ -131,11 +127,7 @@ private:
         }
         cutlass::arch::NamedBarrier::sync(3 * 128, kLastOutputsBarrier);
         bool const has_other_rows = !next.is_end() && !next.is_of_tile(current_piece());
-        if (has_other_rows) {
-            q.begin_loading(params, maps, shared, next, stage, shared.barriers.next_rows);
-        } else if (thread_in_warpgroup_now() == 0) {
-            shared.barriers.next_rows.arrive();
-        }
+        q.begin_loading(params, maps, shared, next, has_other_rows, stage, shared.barriers.next_rows);
         shared.barriers.next_rows.wait(index % 2);
         if (has_other_rows) q.load_staged(shared, stage);
         leave_stage(stage);
@@ -144,6 +136,7 @@ private:
     // Rows are in registers. By each warp, in place of those that compute the outputs, the stage is announced as
     // consumed.
     __device__ void leave_stage(uint32_t stage) const {
+        cutlass::arch::fence_view_async_shared();  // copies come to where these rows were
         __syncwarp();  // a hardware barrier counts warps that execute it, diverged ones twice
         cutlass::arch::NamedBarrier::arrive(3 * 128, kRowsBarrier);
         if (thread_in_warpgroup_now() % 32 != 0) return;
@@ -236,10 +229,12 @@ private:
 
     // Turns the scores of the current block into P, and says what O must be rescaled with before: in one of three
     // places, as the two blocks before may need the others still.
-    __device__ void compute_probabilities(Scores& scores, OnlineSoftmax& softmax, Probabilities& probabilities) const {
+    __device__ void compute_probabilities(Scores& scores, OnlineSoftmax& softmax, bool is_first,
+                                          Probabilities& probabilities) const {
         int const thread = thread_in_warpgroup_now();
         float rescale[kRowsPerThread];
-        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale);
+        // Before the first block outputs are 0.
+        bool const must_rescale = softmax.raise(scores, params.softmax_scale_log2, rescale) && !is_first;
         if (must_rescale && thread % 4 == 0) {
             shared.rescale[at.stage()][fragment_row(thread, 0)] = rescale[0];
             shared.rescale[at.stage()][fragment_row(thread, 1)] = rescale[1];
