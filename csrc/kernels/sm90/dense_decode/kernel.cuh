@@ -94,7 +94,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     dense_decode_kernel(__grid_constant__ DenseDecodeParams const params,
-                        __grid_constant__ DenseDecodeMaps const maps) {
+                        __grid_constant__ DecodeMaps const maps) {
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);

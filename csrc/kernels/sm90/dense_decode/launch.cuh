@@ -10,9 +10,9 @@ namespace flash_mla::sm90 {
 
 template <typename Traits>
 cudaError_t launch_variant(DenseDecodeParams const& params, cudaStream_t stream) {
-    DenseDecodeMaps maps;
-    if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
-    maps.has_q = find_q_map<Traits::kIsBFloat16>(&maps.q, params);
+    DecodeMaps maps;
+    cudaError_t const found = find_decode_maps<Traits::kIsBFloat16>(&maps, params, 1);
+    if (found != cudaSuccess) return found;
     constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     if (cudaError_t const error = allow_shared_memory<dense_decode_kernel<Traits>>(kSharedBytes); error != cudaSuccess)

@@ -15,7 +15,7 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 struct BlockLoader {
     DenseDecodeParams const& params;
-    DenseDecodeMaps const& maps;
+    DecodeMaps const& maps;
     typename Traits::SharedStorage& shared;
 
     // What seems to be the first blocks before the kernel before has ended: each CTA of a cluster brings a part of the

@@ -25,8 +25,8 @@ template <typename Traits>
 __device__ void prefetch_q(CUtensorMap const& q, Piece const& piece) {
 #pragma unroll 1
     for (int chunk = 0; chunk < Traits::kNumChunks; ++chunk) {
-        cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&q, chunk * Traits::kChunkColumns, piece.place.m_tile * kBlockM,
-                                               piece.place.head_kv, piece.batch);
+        cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&q, 0, piece.place.m_tile * kBlockM, chunk, piece.place.head_kv,
+                                               piece.batch);
     }
 }
 
@@ -45,7 +45,7 @@ struct QRegisters {
     // Brings all columns into shared memory, those for registers by way of a stage that is free: a warp of the scores
     // warpgroup its share of them, some chunks, or its rows where they are gathered. Each warp arrives at `full` once,
     // also where it has nothing to bring.
-    __device__ static void begin_loading(DenseDecodeParams const& params, DenseDecodeMaps const& maps,
+    __device__ static void begin_loading(DenseDecodeParams const& params, DecodeMaps const& maps,
                                          SharedStorage& shared, Piece const& piece, bool loads, uint32_t stage,
                                          TransactionBarrier& full) {
         int const thread = thread_in_warpgroup_now(), warp = thread / 32;
@@ -56,10 +56,10 @@ struct QRegisters {
             full.arrive_and_expect_tx(((Traits::kNumChunks - warp + 3) / 4) * Traits::kChunkBytes);
 #pragma unroll 1
             for (int chunk = warp; chunk < Traits::kNumChunks; chunk += 4) {
-                cute::SM90_TMA_LOAD_4D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
+                cute::SM90_TMA_LOAD_5D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
                                              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                             chunk_place(shared, stage, chunk), chunk * Traits::kChunkColumns,
-                                             piece.place.m_tile * kBlockM, piece.place.head_kv, piece.batch);
+                                             chunk_place(shared, stage, chunk), 0, piece.place.m_tile * kBlockM, chunk,
+                                             piece.place.head_kv, piece.batch);
             }
         }
         __syncwarp();

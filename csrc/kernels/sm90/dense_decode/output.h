@@ -18,7 +18,7 @@ struct OutputMainloop {
         typename Traits::MmaOutput{}, cute::Shape<cute::Int<kBlockM>, cute::Int<Traits::kHalfColumns>>{}));
 
     DenseDecodeParams const& params;
-    DenseDecodeMaps const& maps;
+    DecodeMaps const& maps;
     SharedStorage& shared;
     WarpgroupRole role;
     int thread;  // in the warpgroup

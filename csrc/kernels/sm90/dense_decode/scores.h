@@ -32,7 +32,7 @@ struct ScoresMainloop {
     };
 
     DenseDecodeParams const& params;
-    DenseDecodeMaps const& maps;
+    DecodeMaps const& maps;
     SharedStorage& shared;
     BlockPosition<Traits> at = {};
     QRegisters<Traits> q;

@@ -19,14 +19,6 @@ struct EarlyPiece {
     struct Sources {
         WorkerRow row;
         int seqlen;
-
-        // To be called where they may be looked at, and so waited for, from then on: the compiler would do that earlier.
-        __device__ void arrive() {
-            asm volatile(""
-                         : "+r"(row.begin_batch), "+r"(row.begin_tile), "+r"(row.begin_block), "+r"(row.end_batch),
-                           "+r"(row.end_tile), "+r"(row.end_block), "+r"(row.num_pieces), "+r"(row.last_worker),
-                           "+r"(seqlen));
-        }
     };
 
     WorkerRow row;

@@ -135,6 +135,9 @@ public:
         }
     }
 
+    // Of the tile that comes next, in the worker's stretch.
+    __device__ int index() const { return at_.index; }
+
     // The first piece, as it seems to be before the kernel before has ended. Returns false if it is none for this lane.
     __device__ bool look_ahead(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
         return at_.is_in(row, params) && enter<PastL1>(params, row, piece);

@@ -33,6 +33,9 @@ public:
         }
     }
 
+    // Of the tile that comes next, in the worker's stretch.
+    __device__ int index() const { return at_.index; }
+
     // The first segment, as it seems to be before the kernel before has ended. Returns false if it is none for this
     // lane.
     __device__ bool look_ahead(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {

@@ -32,9 +32,12 @@ struct SwappedConsumer {
     static constexpr int kHeadDimRopeBytes = (kHeadDim - kHeadDimV) * sizeof(Element);
 
     DenseDecodeParams const& params;
+    DecodeMaps const& maps;
     SharedStorage& shared;
     int group, thread;  // thread of the group
     uint32_t block_count = 0;
+    uint32_t rows_count = 0;  // tiles whose query rows have come
+    int num_pieces = 0;       // of the worker
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
 
@@ -58,30 +61,29 @@ protected:
         return group * kRows / Traits::kNumGroups + fragment_column(thread, i / 2) + i % 2;
     }
 
-    // Enters the first piece and asks for its query rows: as soon as the kernel before has ended, if it is as it seemed
-    // to be before. Returns whether there is one.
-    __device__ bool begin(typename Traits::Pieces& pieces, Piece& piece) const {
+    // Enters the first piece, mostly the one that was found before the kernel before had ended. Its query rows the
+    // producer has asked for, where a map describes them. Returns whether there is one.
+    __device__ bool begin(typename Traits::Pieces& pieces, Piece& piece) {
         EarlyPiece<typename Traits::Pieces> const early(params);
         wait_for_previous_kernel();
         allow_dependent_launch();
-        auto sources = early.read_again(params);
+        shared.barriers.sources_known.wait(0);
+        WorkerRow const& row = shared.sources.row;
+        num_pieces = row.num_pieces;
         pieces = early.pieces, piece = early.piece;
-        bool has_piece = early.exists, is_known = false;
-#pragma unroll 1
-        for (;;) {
-            if (has_piece) load_q(piece);
-            sources.arrive();
-            if (is_known || early.is_from(sources)) return has_piece;
-            cute::cp_async_wait<0>();
-            pieces = typename Traits::Pieces(params);
+        bool has_piece = true;
+        if (!early.is_from(shared.sources)) {
+            pieces = typename Traits::Pieces(row);
             has_piece = next_with_keys(pieces, piece);
-            is_known = true;
         }
+        if (has_piece && !maps.has_q) gather_q(piece);
+        return has_piece;
     }
 
     // Writes what pieces without keys get on the way.
     __device__ bool next_with_keys(typename Traits::Pieces& pieces, Piece& piece) const {
-        while (pieces.next(params, piece)) {
+        // Behind the last one there is nothing to be read again.
+        while (pieces.index() < num_pieces && pieces.next(params, piece)) {
             if (!piece.is_empty()) return true;
             write_empty(piece);
         }
@@ -104,11 +106,21 @@ protected:
             });
             ++block_count;
         }
-        if (blocks.begin >= blocks.end) on_last_scores();
+        if (blocks.begin >= blocks.end) {
+            sync_consumers();  // all have seen that the query rows have come, before the next ones are asked for
+            on_last_scores();
+        }
+    }
+
+    // Nobody reads the rows before any more.
+    __device__ void load_q(Piece const& piece) const {
+        if (!maps.has_q) return gather_q(piece);
+        if (thread_now() == 0) copy_rows<Traits>(maps, shared, piece, shared.barriers.rows_full);
+        __syncwarp();
     }
 
     // A warp per row, 16 bytes a lane, swizzled as wgmma expects.
-    __device__ void load_q(Piece const& piece) const {
+    __device__ void gather_q(Piece const& piece) const {
         constexpr int kVectorsPerRow = kHeadDim / 8;
         int const thread = thread_in_warpgroup_now();  // what follows from it occupies no registers between pieces
 #pragma unroll 2
@@ -127,10 +139,16 @@ protected:
         }
         cute::cp_async_fence();
     }
-    __device__ void wait_for_q() const {
-        cute::cp_async_wait<0>();
-        cutlass::arch::fence_view_async_shared();
-        sync_consumers();
+    __device__ void wait_for_q() {
+        if (maps.has_q) {
+            if (rows_count == 0) shared.barriers.early_rows.wait(0);
+            shared.barriers.rows_full.wait(rows_count % 2);
+        } else {
+            cute::cp_async_wait<0>();
+            cutlass::arch::fence_view_async_shared();
+            sync_consumers();
+        }
+        ++rows_count;
     }
 
     template <typename DuringOutputs>

@@ -74,6 +74,9 @@ __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int n
         barriers.block_empty[stage].init(Traits::kConsumerThreads / 32);
     }
     barriers.early_block.init(1);
+    barriers.early_rows.init(1);
+    barriers.sources_known.init(1);
+    barriers.rows_full.init(1);
     barriers.may_send.init(num_ctas);
     barriers.statistics_left.init(Traits::kConsumerThreads);
     barriers.received_statistics.init(1);
@@ -83,9 +86,11 @@ __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int n
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    swapped_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ KMaps const maps) {
+    swapped_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ DecodeMaps const maps) {
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
+    if (threadIdx.x == 0 && maps.has_q)
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&maps.q));
     if (threadIdx.x == Traits::kConsumerThreads) {
         init_swapped_barriers<Traits>(shared.barriers, params.grid.split_ctas);
         cutlass::arch::fence_barrier_init();
@@ -111,7 +116,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         cute::cluster_wait();
         using Consumer = std::conditional_t<Traits::kSummation == Summation::kBySegments, FoldingConsumer<Traits>,
                                             MergingConsumer<Traits>>;
-        Consumer consumer{{params, shared, group, int(threadIdx.x % 128)}};
+        Consumer consumer{{params, maps, shared, group, int(threadIdx.x % 128)}};
         consumer.run();
     }
     // A CTA waits for all that is sent to it, so none is sent anything after its end.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/sm90/primitives/element_type.h"
-#include "kernels/sm90/primitives/k_maps.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
 #include "kernels/sm90/swapped_decode/kernel.cuh"
 #include "kernels/sm90/swapped_decode/swapped_decode.h"
@@ -21,8 +20,9 @@ cudaError_t allow_launch() {
 
 template <typename Traits>
 cudaError_t launch_swapped_variant(DenseDecodeParams const& params, cudaStream_t stream) {
-    KMaps maps;
-    if (cudaError_t const error = find_k_maps<Traits::kIsBFloat16>(&maps, params); error != cudaSuccess) return error;
+    DecodeMaps maps;
+    cudaError_t const found = find_decode_maps<Traits::kIsBFloat16>(&maps, params, kHeadDim / kKChunkColumns);
+    if (found != cudaSuccess) return found;
     if (cudaError_t const error = allow_launch<Traits>(); error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[] = {dependent_launch_attribute(), {}};
     attributes[1].id = cudaLaunchAttributeClusterDimension;

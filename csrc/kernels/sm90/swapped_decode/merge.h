@@ -40,6 +40,8 @@ struct MergingConsumer : SwappedConsumer<Traits> {
             if (Traits::kHasRoomForBoth && has_piece) this->load_q(following);
             if (!is_alone()) merge(piece, num_active_ctas(piece, num_ctas()));
             if (has_piece) {
+                // Query rows may come to where results were.
+                if (!Traits::kHasRoomForBoth) cutlass::arch::fence_view_async_shared();
                 sync_consumers();
                 if (Traits::kHasRoomForBoth) {
                     allow_sending();
@@ -182,7 +184,7 @@ private:
         int const row = fragment_column(thread, tile);
         float const* weight = &shared.weight[0][row];
         float const* scale = &shared.received_scale[shares().slot(0, own_chunk)][thread / 32][row];
-#pragma unroll 4
+#pragma unroll 8
         for (int sender = 0; sender < num_active; ++sender) {
             float2 const packed = *part;
             float2 const low = __half22float2(reinterpret_cast<__half2 const&>(packed.x));

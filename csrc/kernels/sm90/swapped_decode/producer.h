@@ -6,6 +6,7 @@
 
 #include "kernels/sm90/primitives/dependent_launch.h"
 #include "kernels/sm90/primitives/early_block.h"
+#include "kernels/sm90/swapped_decode/rows.h"
 #include "kernels/sm90/swapped_decode/traits.h"
 
 namespace flash_mla::sm90 {
@@ -13,13 +14,13 @@ namespace flash_mla::sm90 {
 template <typename Traits>
 struct SwappedProducer {
     DenseDecodeParams const& params;
-    KMaps const& maps;
+    DecodeMaps const& maps;
     typename Traits::SharedStorage& shared;
     int rank;
     uint32_t count = 0;
 
-    // What seems to be the first block is asked for as soon as the kernel before has ended; then it is found out
-    // whether it is.
+    // What seem to be the first query rows and the first block are asked for as soon as the kernel before has ended; then
+    // it is found out whether they are.
     __device__ void run() {
         EarlyPiece<typename Traits::Pieces> const early(params);
         BlockRange const blocks(early.piece, rank, params.grid.split_ctas);
@@ -32,29 +33,60 @@ struct SwappedProducer {
         wait_for_previous_kernel();
         allow_dependent_launch();
 
+        // Before what takes long, behind which it would come.
         auto const sources = early.read_again(params);
         int page_now[Traits::kNumStages];
         page_entries(params, early, blocks.begin, page, page_now);
-        auto& early_block = shared.barriers.early_block;
-        if (page[0] != kNoPage) copy_block(page[0], head_kv, 0, early_block);
-        bool is_right = early.is_from(sources) && page[0] != kNoPage;
+        auto& barriers = shared.barriers;
+        copy_early_rows(early.exists, early.piece);
+        bool const is_early = page[0] != kNoPage;
+        if (is_early) copy_block(page[0], head_kv, 0, barriers.early_block);
+        shared.sources = sources;
+        barriers.sources_known.arrive();
+        bool const is_known = early.is_from(sources);
+        if (is_known && maps.has_q) barriers.rows_full.arrive();
+        bool is_right = is_known && is_early;
         for (int i = 0; i < Traits::kNumStages; ++i) is_right &= page[i] == page_now[i];
         auto pieces = early.pieces;
         Piece piece = early.piece;
         if (is_right) {
             for (count = 1; count < Traits::kNumStages && page[count] != kNoPage; ++count)
-                copy_block(page[count], head_kv, count, shared.barriers.block_full[count]);
-            early_block.wait(0);
-            shared.barriers.block_full[0].arrive();
+                copy_block(page[count], head_kv, count, barriers.block_full[count]);
+            barriers.early_block.wait(0);
+            barriers.block_full[0].arrive();
             load(piece, count);
         } else {
-            if (page[0] != kNoPage) early_block.wait(0);
+            if (is_early) barriers.early_block.wait(0);
             pieces = typename Traits::Pieces(params);
+            bool const has_piece = next_with_keys(pieces, params, piece);
+            if (!is_known) replace_rows(has_piece, piece);
+            if (!has_piece) return;
+            load(piece, 0);
         }
         while (next_with_keys(pieces, params, piece)) load(piece, 0);
     }
 
 private:
+    __device__ void copy_early_rows(bool exists, Piece const& piece) const {
+        if (!maps.has_q) return;
+        auto& full = shared.barriers.early_rows;
+        if (exists) {
+            copy_rows<Traits>(maps, shared, piece, full);
+        } else {
+            full.arrive();
+        }
+    }
+    // Those of the true first piece, when the early ones have come.
+    __device__ void replace_rows(bool has_piece, Piece const& piece) const {
+        if (!maps.has_q) return;
+        shared.barriers.early_rows.wait(0);
+        if (has_piece) {
+            copy_rows<Traits>(maps, shared, piece, shared.barriers.rows_full);
+        } else {
+            shared.barriers.rows_full.arrive();
+        }
+    }
+
     __device__ void prefetch_block(int page, int head_kv) const {
         for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kLatentChunks / 2)
             prefetch_latent(maps, chunk, head_kv, page);

@@ -1,6 +1,9 @@
 // The query rows of a tile: where they are, what is known of them, and what a CTA has of their outputs.
 #pragma once
 
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
 #include "kernels/sm90/primitives/online_softmax.h"
 #include "kernels/sm90/swapped_decode/traits.h"
 #include "params/query_rows.h"
@@ -13,6 +16,16 @@ __device__ QueryRow query_row_of(DenseDecodeParams const& params, Piece const& p
     // No division.
     int const head = piece.place.m_tile * Traits::kRows + row;
     return {0, piece.place.head_kv * params.heads_per_group + head, head < params.heads_per_group};
+}
+
+// Asks for the query rows of a tile, by one thread.
+template <typename Traits>
+__device__ void copy_rows(DecodeMaps const& maps, typename Traits::SharedStorage& shared, Piece const& piece,
+                          TransactionBarrier& full) {
+    full.arrive_and_expect_tx(sizeof(shared.q));
+    cute::SM90_TMA_LOAD_5D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
+                                 static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared.q, 0,
+                                 piece.place.m_tile * Traits::kRows, 0, piece.place.head_kv, piece.batch);
 }
 
 // Of a tile, or of a piece of it.

@@ -29,10 +29,13 @@ struct StatisticsWarp {
         }
         __syncwarp();
         wait_for_previous_kernel();
-        // Past the L1: what is read as constant data ptxas moves to before the wait.
-        typename Traits::Pieces pieces(read_row<PastL1>(params));
+        shared.barriers.sources_known.wait(0);
+        // What is read from now on is read past the L1: what is read as constant data ptxas moves to before the wait.
+        WorkerRow const& row = shared.sources.row;
+        typename Traits::Pieces pieces(row);
+        int const num_pieces = row.num_pieces;
         Piece piece;
-        for (uint32_t count = 0; pieces.template next<PastL1>(params, piece);) {
+        for (uint32_t count = 0; pieces.index() < num_pieces && pieces.template next<PastL1>(params, piece);) {
             if (!piece.is_empty()) exchange(piece, count++, lane);
         }
     }

@@ -4,8 +4,9 @@
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
 
-#include "kernels/sm90/primitives/k_maps.h"
+#include "kernels/sm90/primitives/early_block.h"
 #include "kernels/sm90/primitives/pipeline.h"
+#include "kernels/sm90/primitives/q_map.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
 
 namespace flash_mla::sm90 {
@@ -57,7 +58,9 @@ struct SwappedDecodeTraits {
         decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
 
     struct Barriers {
-        TransactionBarrier early_block;  // copied before it was known to be the first one
+        TransactionBarrier early_block, early_rows;  // copied before it was known whether they are the first ones
+        Barrier sources_known;                       // what says whether they are
+        TransactionBarrier rows_full;
         TransactionBarrier block_full[kNumStages];
         Barrier block_empty[kNumStages];
         Barrier may_send;         // every CTA of the cluster is done with its query rows, whose place results take
@@ -107,6 +110,7 @@ struct SwappedDecodeTraits {
         alignas(8) float weight[kMaxCtas][kRows];
         alignas(8) bool exceeds[kNumGroups][4];  // by warp
         int must_rescale[kNumGroups];
+        typename EarlyPiece<Pieces>::Sources sources;  // of the first piece
         alignas(8) Barriers barriers;
     };
     static_assert(sizeof(SharedStorage) <= 227 * 1024);
