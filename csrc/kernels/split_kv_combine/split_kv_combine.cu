@@ -140,8 +140,8 @@ struct Sums {
     __device__ float log2_sum() const { return weight == 0.f ? -INFINITY : log2f(weight) + reference; }
 };
 
-// A pair of columns of what all warps have, added up in their order: the first pair by the first warp, and so on. By the
-// whole CTA.
+// A pair of columns of what all warps have, added up in their order: the first pair by the first warp, and so on. By
+// the whole CTA.
 struct PairOfSums {
     float2 number;
     float weight, log2_sum;
@@ -151,7 +151,7 @@ struct PairOfSums {
         static_assert(kNumbersPerThread == 2 * kWarpsPerCta);
         int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
         if (!is_first_item) __syncthreads();  // others may still read what was there before
-        float(*to)[kWarpSize] = of_warps[warp];
+        float (*to)[kWarpSize] = of_warps[warp];
         for (int i = 0; i < kNumbersPerThread; ++i) to[i][lane] = sums.number[0][i];
         to[kNumbersPerThread][lane] = sums.weight;
         to[kNumbersPerThread + 1][lane] = sums.reference;
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
         }
         Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
         auto const store_lse = [&](float log2_sum) {
-            if (first_column == 0 && lane % 4 == 0) params.lse[lse_offset(params, cut.batch, at)] = natural_lse(log2_sum);
+            if (first_column == 0 && lane % 4 == 0)
+                params.lse[lse_offset(params, cut.batch, at)] = natural_lse(log2_sum);
         };
         if constexpr (kSharesPieces) {
             PairOfSums const pair(sums, number == blockIdx.x);

@@ -24,8 +24,9 @@
 //   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 430 of it are free
 //
 // Barriers (mbarriers)   arrivals                           waited for by
-//   first_rows[i]        who starts the copies + 73728 B;   scores; for the first of them also who loads the first blocks
-//                        no bytes where there is nothing
+//   first_rows[i]        the warps of scores, 73728 B       scores; for the first of them also who loads the first blocks
+//                        together; no bytes where there is
+//                        nothing to bring
 //   next_rows            the same; no bytes where the next  scores
 //                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
@@ -54,9 +55,9 @@
 // fence before its barrier. What lanes read or write for their rows is read or written by the first lane of each quad,
 // which itself arrives at the barrier that orders it.
 //
-// Before the kernel before has ended, a CTA finds out with which piece and block it will probably begin, and has a part
-// of that block brought to the L2; as soon as it has ended the block is copied, and it is found out whether it is the
-// right one (early_block.h).
+// Before the kernel before has ended, a CTA finds out with which piece and blocks it will probably begin, and has a
+// part of the first block brought to the L2; as soon as it has ended this block and the query rows are asked for, and
+// then it is found out whether they are the right ones (early_block.h).
 //
 // One block: S of block i+1 is issued, and P of block i stored meanwhile; once all of it is, the tensor cores have
 // some ten steps left, and P of block i is released, so that O of block i runs under the softmax of block i+1.
@@ -93,8 +94,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
-    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params,
-                        __grid_constant__ DecodeMaps const maps) {
+    dense_decode_kernel(__grid_constant__ DenseDecodeParams const params, __grid_constant__ DecodeMaps const maps) {
     using SharedStorage = typename Traits::SharedStorage;
     extern __shared__ __align__(1024) char shared_bytes[];
     auto& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
     // Nobody leaves while another CTA may still write into its shared memory.
-    // A CTA waits for all that another one copies to it or announces to it: for the bytes of each block, and for each stage
-    // to be consumed before it is filled again, or would be. So nothing comes after its end, and the cluster need not wait,
-    // which would be until all results are stored.
+    // A CTA waits for all that the other one of its cluster sends to it: for the bytes of each block, and for what is
+    // announced of each stage, also where nothing follows. So nothing comes after its end, and it need not wait for the
+    // other's, which would be until all results are stored: a cluster's barrier releases them.
 }
 
 }  // namespace flash_mla::sm90

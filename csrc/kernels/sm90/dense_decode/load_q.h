@@ -45,9 +45,8 @@ struct QRegisters {
     // Brings all columns into shared memory, those for registers by way of a stage that is free: a warp of the scores
     // warpgroup its share of them, some chunks, or its rows where they are gathered. Each warp arrives at `full` once,
     // also where it has nothing to bring.
-    __device__ static void begin_loading(DenseDecodeParams const& params, DecodeMaps const& maps,
-                                         SharedStorage& shared, Piece const& piece, bool loads, uint32_t stage,
-                                         TransactionBarrier& full) {
+    __device__ static void begin_loading(DenseDecodeParams const& params, DecodeMaps const& maps, SharedStorage& shared,
+                                         Piece const& piece, bool loads, uint32_t stage, TransactionBarrier& full) {
         int const thread = thread_in_warpgroup_now(), warp = thread / 32;
         bool const is_by_map = loads && maps.has_q;
         if (loads && !maps.has_q) gather(params, shared, piece, stage);

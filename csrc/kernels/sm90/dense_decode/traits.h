@@ -6,9 +6,9 @@
 
 #include "kernels/sm90/dense_decode/load_cursor.h"
 #include "kernels/sm90/dense_decode/piece_queue.h"
-#include "kernels/sm90/primitives/q_map.h"
 #include "kernels/sm90/dense_decode/segment_scratch.h"
 #include "kernels/sm90/primitives/pipeline.h"
+#include "kernels/sm90/primitives/q_map.h"
 #include "kernels/sm90/primitives/segment_cursor.h"
 #include "params/dense_decode.h"
 

@@ -3,7 +3,7 @@
 // The plan, the lengths and the block table may be written until then. So what is read earlier is good for copies that
 // are made again where it turns out to have been wrong, and for nothing else; it is read past the L1 (pieces.h), and is
 // within bounds whatever it says. When the kernel before has ended, it is read again, all at once, as nothing has to be
-// followed any more, and before any copy is asked for, behind whose bytes it would wait.
+// followed any more, and before any copy is asked for, behind whose bytes it would wait. The copies do not wait for it.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -18,7 +18,7 @@ template <typename Pieces>
 struct EarlyPiece {
     struct Sources {
         WorkerRow row;
-        int seqlen;
+        int batch, seqlen;  // of the request that it seemed to be; no batch, if there seemed to be none
     };
 
     WorkerRow row;
@@ -30,9 +30,13 @@ struct EarlyPiece {
         exists = pieces.look_ahead(params, row, piece) && !piece.is_empty();
     }
     __device__ Sources read_again(DenseDecodeParams const& params) const {
-        return {read_row<PastL1>(params), exists ? PastL1::load(params.cache_seqlens + piece.batch) : 0};
+        return {read_row<PastL1>(params), exists ? piece.batch : Piece::kEnd,
+                exists ? PastL1::load(params.cache_seqlens + piece.batch) : 0};
     }
-    __device__ bool is_from(Sources const& now) const { return exists && now.row == row && now.seqlen == piece.seqlen; }
+    // Which may have been read again by a thread to which it seemed to be another piece.
+    __device__ bool is_from(Sources const& now) const {
+        return exists && now.batch == piece.batch && now.row == row && now.seqlen == piece.seqlen;
+    }
 };
 
 inline constexpr int kNoPage = -1;
@@ -54,8 +58,7 @@ __device__ void page_entries(DenseDecodeParams const& params, EarlyPiece<Pieces>
                              int const (&page)[kNumPages], int (&page_now)[kNumPages]) {
     int const* const entries = params.block_table + early.piece.batch * params.block_table_stride;
 #pragma unroll
-    for (int i = 0; i < kNumPages; ++i)
-        page_now[i] = page[i] == kNoPage ? kNoPage : PastL1::load(entries + begin + i);
+    for (int i = 0; i < kNumPages; ++i) page_now[i] = page[i] == kNoPage ? kNoPage : PastL1::load(entries + begin + i);
 }
 
 // Four chunks of a block's latent columns, and its RoPE columns, to the L2.

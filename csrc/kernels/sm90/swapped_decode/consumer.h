@@ -36,8 +36,8 @@ struct SwappedConsumer {
     SharedStorage& shared;
     int group, thread;  // thread of the group
     uint32_t block_count = 0;
-    uint32_t rows_count = 0;  // tiles whose query rows have come
-    int num_pieces = 0;       // of the worker
+    uint32_t rows_count = 0;    // tiles whose query rows have come
+    int num_pieces = 0;         // of the worker
     float reference[kOwnRows];  // log2 domain; -inf before the first key
     float row_sum[kOwnRows];    // of this thread's tokens
 

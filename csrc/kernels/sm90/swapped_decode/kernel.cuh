@@ -14,7 +14,7 @@
 // Warps
 //   2 consumer warpgroups   each: half of the columns of S, exchanged for the other half of its rows; their softmax;
 //                           O for one half of the latent columns, in registers
-//   1 producer warp         looks up pages, copies KV blocks by TMA
+//   1 producer warp         looks up pages, copies KV blocks and the first query rows by TMA
 //   1 statistics warp       tells the cluster what its rows have seen and weighs what each CTA sends, while the outputs
 //                           are on their way; not where bits do not depend on the batch
 //
@@ -29,6 +29,15 @@
 //
 // Barriers (mbarriers)   arrivals                        waited for by
 //   early_block          the producer + 73728 B          the producer: what seemed to be the first block is there
+//   early_rows           the producer + 18432 B; no      consumers; the producer, before it replaces them
+//                        bytes where there seems to be
+//                        no piece
+//   sources_known        the producer                    consumers, statistics: what the plan and the lengths say of the
+//                        first piece is there
+//   rows_full            for the first piece the         consumers
+//                        producer, with bytes only where
+//                        the early rows are not its own;
+//                        then a consumer + 18432 B
 //   block_full[stage]    the producer + 73728 B; no      consumers
 //                        bytes where an early block is
 //                        the first one
@@ -45,8 +54,12 @@
 // it has of a tile as it goes (segments.h).
 //
 // Before the kernel before has ended, a CTA finds out with which piece and blocks it will probably begin, and has the
-// blocks brought to the L2; as soon as it has ended, query rows and first block are copied, and it is found out whether
-// they are the right ones (early_block.h).
+// blocks brought to the L2; as soon as it has ended, query rows and first block are asked for, and then it is found out
+// whether they are the right ones (early_block.h). One thread does that for all: plan and lengths are in a few lines of
+// the L2, which hands out a line to one after the other.
+//
+// Query rows that no map describes (q_map.h) consumers gather themselves, once the first piece is known, without
+// early_rows and rows_full.
 //
 // Consumers have a hardware barrier for all and one per group. The cluster waits for itself once, at the start. All
 // that ordinary stores put where wgmma comes next passes a proxy fence before a barrier.

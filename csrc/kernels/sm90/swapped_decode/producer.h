@@ -19,8 +19,8 @@ struct SwappedProducer {
     int rank;
     uint32_t count = 0;
 
-    // What seem to be the first query rows and the first block are asked for as soon as the kernel before has ended; then
-    // it is found out whether they are.
+    // What seem to be the first query rows and the first block are asked for as soon as the kernel before has ended;
+    // then it is found out whether they are.
     __device__ void run() {
         EarlyPiece<typename Traits::Pieces> const early(params);
         BlockRange const blocks(early.piece, rank, params.grid.split_ctas);
