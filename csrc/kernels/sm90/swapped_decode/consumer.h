@@ -155,6 +155,7 @@ protected:
     __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first,
                               DuringOutputs const& during_outputs) {
         uint32_t const stage = block_count % Traits::kNumStages;
+        if (block_count == 0) wait_for_early_block();
         shared.barriers.block_full[stage].wait(block_count / Traits::kNumStages % 2);
         Scores partial_scores;
         multiply_q(stage, partial_scores);
@@ -172,6 +173,12 @@ protected:
         }
         multiply_v(stage, outputs, during_outputs);
         if (lane() == 0) shared.barriers.block_empty[stage].arrive();
+    }
+
+    // RoPE columns, which both groups need, come with those of the first.
+    __device__ void wait_for_early_block() const {
+        shared.barriers.early_block[0].wait(0);
+        if (group == 1) shared.barriers.early_block[1].wait(0);
     }
 
     // This group's share of the columns: half of the latent ones and half of RoPE.

@@ -28,7 +28,9 @@
 //   the rest               statistics of the rows, weights, barriers
 //
 // Barriers (mbarriers)   arrivals                        waited for by
-//   early_block          the producer + 73728 B          the producer: what seemed to be the first block is there
+//   early_block[group]   the producer + 40960 B, with    the group, the second one both: what seemed to be the first
+//                        RoPE, and 32768 B; no bytes     block is there; the producer, before it replaces it
+//                        where there seems to be none
 //   early_rows           the producer + 18432 B; no      consumers; the producer, before it replaces them
 //                        bytes where there seems to be
 //                        no piece
@@ -86,7 +88,7 @@ __device__ void init_swapped_barriers(typename Traits::Barriers& barriers, int n
         barriers.block_full[stage].init(1);
         barriers.block_empty[stage].init(Traits::kConsumerThreads / 32);
     }
-    barriers.early_block.init(1);
+    for (auto& half : barriers.early_block) half.init(1);
     barriers.early_rows.init(1);
     barriers.sources_known.init(1);
     barriers.rows_full.init(1);

@@ -40,7 +40,7 @@ struct SwappedProducer {
         auto& barriers = shared.barriers;
         copy_early_rows(early.exists, early.piece);
         bool const is_early = page[0] != kNoPage;
-        if (is_early) copy_block(page[0], head_kv, 0, barriers.early_block);
+        if (is_early) copy_early_block(page[0], head_kv);
         shared.sources = sources;
         barriers.sources_known.arrive();
         bool const is_known = early.is_from(sources);
@@ -50,13 +50,15 @@ struct SwappedProducer {
         auto pieces = early.pieces;
         Piece piece = early.piece;
         if (is_right) {
+            barriers.block_full[0].arrive();
             for (count = 1; count < Traits::kNumStages && page[count] != kNoPage; ++count)
                 copy_block(page[count], head_kv, count, barriers.block_full[count]);
-            barriers.early_block.wait(0);
-            barriers.block_full[0].arrive();
             load(piece, count);
         } else {
-            if (is_early) barriers.early_block.wait(0);
+            for (auto& half : barriers.early_block) {
+                if (!is_early) half.arrive();
+                half.wait(0);
+            }
             pieces = typename Traits::Pieces(params);
             bool const has_piece = next_with_keys(pieces, params, piece);
             if (!is_known) replace_rows(has_piece, piece);
@@ -115,17 +117,36 @@ private:
         copy_block(page, head_kv, stage, shared.barriers.block_full[stage]);
     }
 
+    // KV that several lanes read should stay in the L2 until the last of them has it.
+    __device__ uint64_t cache_hint() const {
+        return static_cast<uint64_t>(params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
+                                                               : cute::TMA::CacheHintSm90::EVICT_FIRST);
+    }
+
     __device__ void copy_block(int page, int head_kv, uint32_t stage, TransactionBarrier& full) const {
         full.arrive_and_expect_tx(Traits::kBlockBytes);
-        auto* const bytes_arrived = reinterpret_cast<uint64_t*>(&full);
-        // KV that several lanes read should stay in the L2 until the last of them has it.
-        auto const hint = static_cast<uint64_t>(params.grid.num_lanes > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
-                                                                          : cute::TMA::CacheHintSm90::EVICT_FIRST);
-        auto& chunks = shared.block[stage];
-        for (int chunk = 0; chunk < Traits::kLatentChunks; chunk += Traits::kLatentChunks / 2) {
-            cute::SM90_TMA_LOAD_5D::copy(&maps.latent, bytes_arrived, hint, chunks[chunk], 0, 0, chunk, head_kv, page);
-        }
-        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, bytes_arrived, hint, chunks[Traits::kLatentChunks],
+        for (int group = 0; group < Traits::kNumGroups; ++group) copy_latent(page, head_kv, stage, group, full);
+        copy_rope(page, head_kv, stage, full);
+    }
+    // Each group's columns for themselves, so that the first group begins when its own are there.
+    __device__ void copy_early_block(int page, int head_kv) const {
+        auto& halves = shared.barriers.early_block;
+        constexpr int kChunkBytes = Traits::kBlockBytes / (Traits::kLatentChunks + 1);
+        constexpr int kHalfBytes = Traits::kChunksPerGroup * kChunkBytes;
+        halves[0].arrive_and_expect_tx(kHalfBytes + kChunkBytes);
+        copy_rope(page, head_kv, 0, halves[0]);
+        copy_latent(page, head_kv, 0, 0, halves[0]);
+        halves[1].arrive_and_expect_tx(kHalfBytes);
+        copy_latent(page, head_kv, 0, 1, halves[1]);
+    }
+    __device__ void copy_latent(int page, int head_kv, uint32_t stage, int group, TransactionBarrier& full) const {
+        int const chunk = group * Traits::kChunksPerGroup;
+        cute::SM90_TMA_LOAD_5D::copy(&maps.latent, reinterpret_cast<uint64_t*>(&full), cache_hint(),
+                                     shared.block[stage][chunk], 0, 0, chunk, head_kv, page);
+    }
+    __device__ void copy_rope(int page, int head_kv, uint32_t stage, TransactionBarrier& full) const {
+        cute::SM90_TMA_LOAD_4D::copy(&maps.rope, reinterpret_cast<uint64_t*>(&full), cache_hint(),
+                                     shared.block[stage][Traits::kLatentChunks],
                                      Traits::kLatentChunks * Traits::kChunkColumns, 0, head_kv, page);
     }
 };

@@ -58,8 +58,10 @@ struct SwappedDecodeTraits {
         decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMN, kK>()));
 
     struct Barriers {
-        TransactionBarrier early_block, early_rows;  // copied before it was known whether they are the first ones
-        Barrier sources_known;                       // what says whether they are
+        // Copied before it was known whether they are the first ones: of the block the columns of each group, with RoPE
+        // in the first half.
+        TransactionBarrier early_block[kNumGroups], early_rows;
+        Barrier sources_known;  // what says whether they are
         TransactionBarrier rows_full;
         TransactionBarrier block_full[kNumStages];
         Barrier block_empty[kNumStages];
