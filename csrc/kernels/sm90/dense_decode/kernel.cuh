@@ -30,6 +30,8 @@
 //   next_rows            the same; no bytes where the next  scores
 //                        piece has no other rows
 //   first_pages          who looks up the first blocks      who looks up the next, and who copies RoPE columns first
+//   rows_asked           the warps of scores                who loads the first blocks: these come behind the rows,
+//                                                           which have a longer way before them
 //   early_block          who loads the first blocks         the same: what seemed to be the first block is there
 //                        + 73728 B
 //   block_full[stage]    who starts the copies of latent    scores
@@ -87,6 +89,7 @@ __device__ void init_barriers(typename Traits::Barriers& barriers) {
     barriers.stats_full.init(4 * kQuadsPerWarp);
     barriers.stats_empty.init(8 * kQuadsPerWarp);
     barriers.early_block.init(1);
+    barriers.rows_asked.init(4);
     for (auto& first_rows : barriers.first_rows) first_rows.init(4);
     barriers.next_rows.init(4);
     barriers.first_pages.init(1);

@@ -91,6 +91,7 @@ private:
         page_entries(params, early, early.piece.begin_block, page, page_now);
         auto& barriers = shared.barriers;
         bool const is_early = page[0] != kNoPage;
+        barriers.rows_asked.wait(0);  // which are through to registers when the block comes
         if (is_early) load_first({page[0], early.piece.place.head_kv}, barriers.early_block);
         bool is_right = is_early && early.is_from(sources);
         for (int i = 0; i < kNumEarly; ++i) is_right &= page[i] == page_now[i];

@@ -103,6 +103,7 @@ private:
     __device__ void load_first_q(Piece const& likely) {
         auto& first_rows = shared.barriers.first_rows;
         q.begin_loading(params, maps, shared, likely, !likely.is_end(), kFirstRowsStage, first_rows[0]);
+        if (thread_in_warpgroup_now() % 32 == 0) shared.barriers.rows_asked.arrive();
         Piece const& piece = next_piece();
         first_rows[0].wait(0);
         bool const was_wrong = !piece.is_end() && !piece.is_of_tile(likely);

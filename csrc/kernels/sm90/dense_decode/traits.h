@@ -77,6 +77,7 @@ struct DenseDecodeTraits {
 
     struct Barriers {
         TransactionBarrier early_block;  // copied before it was known to be the first one
+        Barrier rows_asked;              // the first ones
         TransactionBarrier block_full[kNumStages];
         Barrier p_ready[2], p_consumed[2];  // blocks take turns
         Barrier consumed[kNumStages][2];    // per half of the latent columns, in the CTA that copies it
