@@ -116,6 +116,14 @@ struct FloatNumbers {
     __device__ static int column(int i, int lane) { return i / 2 * 16 + 4 * (lane % 4) + i % 2 * 2; }
 };
 
+// Of what has this log2-sum-exp2, if the reference has 1.
+__device__ float weight_of(float log2_sum, float reference) {
+    return exp2f(log2_sum - (reference == -INFINITY ? 0.f : reference));
+}
+__device__ float log2_sum_of(float weight, float reference) {
+    return weight == 0.f ? -INFINITY : log2f(weight) + reference;
+}
+
 // What a thread has added up of a row, in so many parts, with weights of which the largest is 1. What is infinite may
 // become NaN where its weight becomes 0.
 template <int kNumParts>
@@ -124,9 +132,6 @@ struct Sums {
     float weight = 0.f;
     float reference = -INFINITY;  // log2-sum-exp2 that has weight 1; what is not a number stays it
 
-    __device__ float weight_of(float log2_sum) const {
-        return exp2f(log2_sum - (reference == -INFINITY ? 0.f : reference));
-    }
     __device__ void raise(float log2_sum) {
         float const raised = max_or_nan(reference, log2_sum);
         if (raised == reference) return;
@@ -137,7 +142,6 @@ struct Sums {
         weight *= factor;
         reference = raised;
     }
-    __device__ float log2_sum() const { return weight == 0.f ? -INFINITY : log2f(weight) + reference; }
 };
 
 // A pair of columns of what all warps have, added up in their order: the first pair by the first warp, and so on. By
@@ -158,15 +162,14 @@ struct PairOfSums {
         __syncthreads();
         float reference = -INFINITY;
         for (auto const& from : of_warps) reference = max_or_nan(reference, from[kNumbersPerThread + 1][lane]);
-        float const offset = reference == -INFINITY ? 0.f : reference;
         number = {}, weight = 0.f;
         for (auto const& from : of_warps) {
-            float const factor = exp2f(from[kNumbersPerThread + 1][lane] - offset);
+            float const factor = weight_of(from[kNumbersPerThread + 1][lane], reference);
             number.x = fmaf(factor, from[2 * warp][lane], number.x);
             number.y = fmaf(factor, from[2 * warp + 1][lane], number.y);
             weight = fmaf(factor, from[kNumbersPerThread][lane], weight);
         }
-        log2_sum = weight == 0.f ? -INFINITY : log2f(weight) + reference;
+        log2_sum = log2_sum_of(weight, reference);
     }
 };
 
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
             sums.raise(largest);
 #pragma unroll
             for (int i = 0; i < kPiecesAtOnce; ++i) {
-                float const weight = sums.weight_of(log2_sum[i]);
+                float const weight = weight_of(log2_sum[i], sums.reference);
                 sums.weight += weight;
                 if (weight == 0.f) continue;
 #pragma unroll
@@ -277,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
                 store_columns(out + Numbers::column(warp, lane), scaled(pair.number, inverse_or_0(pair.weight)));
             }
         } else if (at.exists) {
-            store_lse(sums.log2_sum());
+            store_lse(log2_sum_of(sums.weight, sums.reference));
             float const inverse_total = inverse_or_0(sums.weight);
 #pragma unroll
             for (int part = 0; part < kPartsAtOnce; ++part) {

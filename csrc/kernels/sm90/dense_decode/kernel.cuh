@@ -21,7 +21,7 @@
 //   rope_or_p 2 × 8192   K's RoPE columns, and once they are multiplied P (64 × 64) of the block before; P of the last
 //                        block of a piece where its own RoPE columns and P of the block before were
 //   q            16384   the last 64 of Q's latent columns and its RoPE columns
-//   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 430 of it are free
+//   the rest      2048   rescale factors and flags, 1 / row sum, page orders, pieces, barriers; 420 of it are free
 //
 // Barriers (mbarriers)   arrivals                           waited for by
 //   first_rows[i]        the warps of scores, 73728 B       scores; for the first of them also who loads the first blocks
@@ -146,7 +146,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
         }
         OutputMainloop<Traits>{params, maps, shared, role, thread}.run();
     }
-    // Nobody leaves while another CTA may still write into its shared memory.
     // A CTA waits for all that the other one of its cluster sends to it: for the bytes of each block, and for what is
     // announced of each stage, also where nothing follows. So nothing comes after its end, and it need not wait for the
     // other's, which would be until all results are stored: a cluster's barrier releases them.

@@ -86,7 +86,7 @@ private:
     // What seems to be the first block is asked for, for this CTA alone, as soon as the kernel before has ended. While
     // it is on its way, it is found out whether it is the first one, and where the next ones are.
     __device__ void load_first_block(Early const& early, int const (&page)[kNumEarly]) const {
-        auto sources = early.read_again(params);
+        auto const sources = early.read_again(params);
         int page_now[kNumEarly];
         page_entries(params, early, early.piece.begin_block, page, page_now);
         auto& barriers = shared.barriers;

@@ -47,14 +47,15 @@ struct QRegisters {
     // also where it has nothing to bring.
     __device__ static void begin_loading(DenseDecodeParams const& params, DecodeMaps const& maps, SharedStorage& shared,
                                          Piece const& piece, bool loads, uint32_t stage, TransactionBarrier& full) {
+        constexpr int kWarps = 4;
         int const thread = thread_in_warpgroup_now(), warp = thread / 32;
         bool const is_by_map = loads && maps.has_q;
         if (loads && !maps.has_q) gather(params, shared, piece, stage);
         if (thread % 32 == 0 && !is_by_map) full.arrive();
         if (thread % 32 == 0 && is_by_map) {
-            full.arrive_and_expect_tx(((Traits::kNumChunks - warp + 3) / 4) * Traits::kChunkBytes);
+            full.arrive_and_expect_tx(ceil_div(Traits::kNumChunks - warp, kWarps) * Traits::kChunkBytes);
 #pragma unroll 1
-            for (int chunk = warp; chunk < Traits::kNumChunks; chunk += 4) {
+            for (int chunk = warp; chunk < Traits::kNumChunks; chunk += kWarps) {
                 cute::SM90_TMA_LOAD_5D::copy(&maps.q, reinterpret_cast<uint64_t*>(&full),
                                              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                              chunk_place(shared, stage, chunk), 0, piece.place.m_tile * kBlockM, chunk,

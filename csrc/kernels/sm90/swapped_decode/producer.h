@@ -131,9 +131,8 @@ private:
     // Each group's columns for themselves, so that the first group begins when its own are there.
     __device__ void copy_early_block(int page, int head_kv) const {
         auto& halves = shared.barriers.early_block;
-        constexpr int kChunkBytes = Traits::kBlockBytes / (Traits::kLatentChunks + 1);
-        constexpr int kHalfBytes = Traits::kChunksPerGroup * kChunkBytes;
-        halves[0].arrive_and_expect_tx(kHalfBytes + kChunkBytes);
+        constexpr int kHalfBytes = Traits::kChunksPerGroup * Traits::kChunkBytes;
+        halves[0].arrive_and_expect_tx(kHalfBytes + Traits::kChunkBytes);
         copy_rope(page, head_kv, 0, halves[0]);
         copy_latent(page, head_kv, 0, 0, halves[0]);
         halves[1].arrive_and_expect_tx(kHalfBytes);

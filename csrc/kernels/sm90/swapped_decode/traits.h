@@ -28,7 +28,8 @@ struct SwappedDecodeTraits {
     static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
     static constexpr int kChunksPerGroup = kLatentChunks / kNumGroups;
     static constexpr int kChunkElements = kPageSize * kChunkColumns;
-    static constexpr int kBlockBytes = (kLatentChunks + 1) * kChunkElements * sizeof(Element);
+    static constexpr int kChunkBytes = kChunkElements * sizeof(Element);
+    static constexpr int kBlockBytes = (kLatentChunks + 1) * kChunkBytes;
     static constexpr int kRowTiles = kRows / 8;                  // of 8 columns in a fragment
     static constexpr int kOwnRowTiles = kRowTiles / kNumGroups;  // whose softmax a group computes
 
