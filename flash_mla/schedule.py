@@ -36,14 +36,16 @@ SEGMENTS_SPLIT_OVERHEAD = 2  # of its CTAs where bits do not depend on the batch
 MAX_SEGMENTS = 128  # of a tile
 FOLD_LEVELS = 3
 DENSE_MIN_SEGMENT = 16  # blocks
-SWAPPED_MIN_SEGMENT = 4
-SWAPPED_MIN_SEGMENT_OF_32_ROWS = 8
+DENSE_LONG_TILE = 128
+DENSE_MIN_SEGMENT_OF_LONG_TILE = 32
+SWAPPED_MIN_SEGMENT = 1
+SWAPPED_MIN_SEGMENT_OF_32_ROWS = 4
 MAX_SCRATCH_BYTES = 64_000_000
 # Granules of a tile at most, the smallest granules first, and log2 of it.
 NUM_GRANULES = {128: 7, 16: 4, 4: 2, 1: 0}
 
 _FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
-_ROW_FLOATS = 512 + 1  # of a partial result: out and its log-sum-exp
+_ROW_FLOATS = 512 + 2  # of a partial result: out, and what its softmax has seen
 # Sizes of clusters by rows per CTA: merging has to fit their shared memory.
 _SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
 _MAX_SPLIT_CTAS = {_FEW_ROWS: MAX_SPLIT_CTAS, _MORE_ROWS: 8}
@@ -230,20 +232,20 @@ def invariant_scratch_bytes(grid: WorkerGrid, batch_size: int) -> int:
     return 4 * num_slots * grid.rows_per_tile * _ROW_FLOATS
 
 
-def min_segment_blocks(rows_per_tile: int) -> int:
-    return {
-        _FEW_ROWS: SWAPPED_MIN_SEGMENT,
-        _MORE_ROWS: SWAPPED_MIN_SEGMENT_OF_32_ROWS,
-        BLOCK_M: DENSE_MIN_SEGMENT,
-    }[rows_per_tile]
+def min_segment_blocks(num_blocks: int, rows_per_tile: int) -> int:
+    if rows_per_tile == BLOCK_M:
+        return DENSE_MIN_SEGMENT_OF_LONG_TILE if num_blocks >= DENSE_LONG_TILE else DENSE_MIN_SEGMENT
+    return {_FEW_ROWS: SWAPPED_MIN_SEGMENT, _MORE_ROWS: SWAPPED_MIN_SEGMENT_OF_32_ROWS}[rows_per_tile]
 
 
-def num_segments_of(num_blocks: int, min_blocks: int) -> int:
-    """A power of two, the largest with segments of at least min_blocks."""
+def num_segments_of(num_blocks: int, rows_per_tile: int, num_lanes: int = 1) -> int:
+    """A power of two, the largest with segments that are not too short and, up to 128 of all lanes, a worker for each;
+    with 32 rows not 32."""
+    min_blocks = min_segment_blocks(num_blocks, rows_per_tile)
     segments = 1
-    while segments < MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
+    while 2 * segments * num_lanes <= MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
         segments *= 2
-    return segments
+    return 16 if rows_per_tile == _MORE_ROWS and segments == 32 else segments
 
 
 def segment_range(segment: int, num_segments: int, num_blocks: int) -> range:
@@ -441,11 +443,8 @@ def _nearest_granule(
     """The boundary between granules that is nearest to part / whole of a tile: the tile and the place in it, in 128ths.
     The end of a tile is the begin of the next."""
     blocks = num_blocks[tile.div(grid.tiles_per_request, rounding_mode="floor")]
-    num_granules = torch.ones_like(blocks)
-    min_blocks = min_segment_blocks(grid.rows_per_tile)
-    for segments in (2, 4, 8, 16, 32, 64, 128):
-        if segments <= grid.num_granules:
-            num_granules = torch.where(blocks >= segments * min_blocks, segments, num_granules)
+    segments = [num_segments_of(count, grid.rows_per_tile, grid.num_lanes) for count in blocks.tolist()]
+    num_granules = torch.tensor(segments, dtype=torch.int64).clamp(max=grid.num_granules)
     granule = torch.where(whole > 0, (2 * part * num_granules + whole) // (2 * whole).clamp(min=1), 0)
     is_behind_tile = granule >= num_granules
     return tile + is_behind_tile.to(torch.int64), torch.where(

@@ -202,13 +202,13 @@ INVARIANT_CASES = [
     *(
         SanitizedCase(
             f"invariant, at most {num_granules} granules",
-            [64 * 515 - 3, 64 * more_blocks, 100],
+            [64 * 1027 - 3, 64 * more_blocks, 100],
             num_workers=2,
             num_granules=num_granules,
             strided_out=True,
             shape={"num_heads_q": 48, **_STRIDED},
         )
-        for num_granules, more_blocks in ((128, 152), (16, 104), (4, 52), (1, 52))
+        for num_granules, more_blocks in ((128, 302), (16, 204), (4, 102), (1, 102))
     ),
     *(
         SanitizedCase(
@@ -231,7 +231,7 @@ INVARIANT_CASES = [
     *(
         SanitizedCase(
             f"invariant, swapped, at most {num_granules} granules",
-            [64 * num_blocks - 3, 64 * more_blocks, 100],
+            [64 * num_blocks - 3, 64 * more_blocks, 60],
             num_workers=num_workers,
             num_granules=num_granules,
             strided_out=True,
@@ -257,7 +257,7 @@ INVARIANT_CASES = [
     *(
         SanitizedCase(
             f"invariant, swapped, short tile that is cut, at most {num_granules} granules",
-            [64 * 70],
+            [64 * 20],
             num_workers=3,
             num_granules=num_granules,
         )
@@ -268,7 +268,7 @@ INVARIANT_CASES = [
     *(
         SanitizedCase(
             f"invariant, one tile, {num_workers} workers",
-            [64 * 515 - 3],
+            [64 * 1027 - 3],
             num_workers=num_workers,
             num_granules=128,
             shape={"num_heads_q": 64},
@@ -287,16 +287,19 @@ def _invariant_ways(kernel: str, num_granules: int) -> set[str]:
         ways.add(f"combine at level {level}")
         if level > 0:
             ways.add(f"several members of level {level} at once")
-    has_room = kernel == "swapped, 16 rows"
-    if has_room:
-        ways |= {"fold with the registers", "fold with the shared memory"}
-    # A worker ends at the level of the registers where granules are smaller than chains of it: the innermost ones, or
-    # the middle ones where a tile has up to 16 segments.
-    if has_room and num_granules == 128:
-        ways.add("shared memory of level 1 left to the combine")
-    if has_room and num_granules >= 16:
-        ways.add("shared memory of level 2 left to the combine")
-    if num_granules == 1 or (num_granules == 4 and not has_room):
+    if kernel != "dense":
+        ways.add("fold with the registers")
+    if kernel == "swapped, 16 rows":
+        outermost = "registers of the outermost level"
+        ways |= {"fold with the shared memory", f"fold with the {outermost}"}
+        # A worker ends below the level at which something waits where granules are smaller than what waits: below the
+        # outermost one, or below the middle one. With up to 16 segments the outermost level is that of shared memory.
+        if num_granules >= 16:
+            ways |= {f"{where} of level 2 left to the combine" for where in ("shared memory", outermost)}
+        if num_granules == 128:
+            ways.add("shared memory of level 1 left to the combine")
+        return ways
+    if num_granules == 1 or (num_granules == 4 and kernel == "dense"):
         ways.add("fold with the slot of a level")
     if num_granules > 1:
         ways.add("fold with the slot of a granule")

@@ -15,7 +15,6 @@ from flash_mla.schedule import (
     fold_path,
     levels_in_granule,
     levels_with_slots,
-    min_segment_blocks,
     num_segments_of,
     radices_of,
     segment_at,
@@ -45,7 +44,7 @@ def num_blocks_of(length: int) -> int:
 
 
 def num_segments_of_tile(length: int, grid: WorkerGrid) -> int:
-    return num_segments_of(num_blocks_of(length), min_segment_blocks(grid.rows_per_tile))
+    return num_segments_of(num_blocks_of(length), grid.rows_per_tile, grid.num_lanes)
 
 
 def walk(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> Iterator[Segment]:
@@ -124,13 +123,17 @@ def member_sizes(num_segments: int) -> list[int]:
 
 
 def room_at(grid: WorkerGrid, level: int, num_segments: int) -> str | None:
-    """Where a worker of 16 rows keeps begun chains: as FoldingConsumer::place_of. None: in a slot."""
-    sizes = member_sizes(num_segments)
-    if grid.rows_per_tile > 16:
+    """Where a worker of the swapped kernel keeps begun chains: as FoldingConsumer. None: in a slot."""
+    above = level - first_folding_level(num_segments)
+    if not grid.is_swapped or (above > 0 and grid.rows_per_tile > 16):
         return None
-    if sizes[level] == 1:
-        return "registers"
-    return "shared memory" if sizes[level - 1] == 1 else None
+    return ("registers", "shared memory", "registers of the outermost level")[max(above, 0)]
+
+
+def first_folding_level(num_segments: int) -> int:
+    """The innermost one whose chains have several members."""
+    radices = radices_of(num_segments)
+    return next((level for level in range(FOLD_LEVELS) if radices[level] > 1), FOLD_LEVELS - 1)
 
 
 def slot_of(grid: WorkerGrid, segment: Segment, level: int, first: int) -> tuple:
@@ -191,20 +194,21 @@ class Workers(Generic[Value]):
         def has_waiting(level: int) -> bool:
             return segment.begin <= chain(level) < segment.index // sizes[level] * sizes[level]
 
-        next_level = level + 1
-        if is_last and room == "registers" and next_level < FOLD_LEVELS and has_waiting(next_level):
-            # What waits in shared memory.
-            name = tile, chain(next_level), segment.index // sizes[next_level] * sizes[next_level]
-            waiting = self.room.take(("shared memory", worker), name, worker)
-            self.slots.put(slot_of(grid, segment, next_level, chain(next_level)), waiting, worker)
-            self.ways.add(f"shared memory of level {next_level} left to the combine")
+        for above in range(level + 1, FOLD_LEVELS):
+            room = room_at(grid, above, segment.num_segments)
+            if not is_last or not room or not has_waiting(above):
+                continue
+            name = tile, chain(above), segment.index // sizes[above] * sizes[above]
+            waiting = self.room.take((room, worker), name, worker)
+            self.slots.put(slot_of(grid, segment, above, chain(above)), waiting, worker)
+            self.ways.add(f"{room} of level {above} left to the combine")
         if is_last or not is_begin:
             self.ways.add(f"{'begin' if is_begin else 'member'} at level {level} left to the combine")
         for above in range(level + 1, FOLD_LEVELS):
             if is_last and has_waiting(above):
                 self.ways.add(f"begin at level {above} left to the combine")
         # What they hold is lost.
-        assert not is_last or not any((room, worker) in self.room.waiting for room in ("registers", "shared memory"))
+        assert not is_last or not any(place[1] == worker for place in self.room.waiting)
 
 
 def cut_tiles(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> dict[Tile, set[int]]:

@@ -27,13 +27,9 @@ from torch import Tensor
 import flash_mla
 from flash_mla import decode_workspace_bytes, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.schedule import (
-    DENSE_MIN_SEGMENT,
     MAX_SCRATCH_BYTES,
-    SWAPPED_MIN_SEGMENT,
-    SWAPPED_MIN_SEGMENT_OF_32_ROWS,
     capacity_of,
     invariant_grid,
-    min_segment_blocks,
     num_segments_of,
 )
 
@@ -46,7 +42,8 @@ SEQLENS_Q = pytest.mark.parametrize("seqlen_q", [1, 2])
 
 # Of the requests that are compared: no tokens, one segment, and as many as there are; lengths that fill pages and not.
 WATCHED = (0, 1, 64, 700, 4096, 17_001, 32_768, 65_600, 131_072, 200_000)
-MIN_BLOCKS = {16: SWAPPED_MIN_SEGMENT, 32: SWAPPED_MIN_SEGMENT_OF_32_ROWS, 128: DENSE_MIN_SEGMENT}
+# What lengths like these are divided into, with so many rows.
+NUM_SEGMENTS = {16: {1, 8, 64, 128}, 32: {1, 16, 64, 128}, 128: {1, 4, 64}}
 # How many others there are beside one of them, and how long at most.
 BATCHES = ((1, 0), (2, 300), (3, 131_072), (4, 9000), (8, 20_000), (30, 3000), (32, 4096), (100, 2000), (256, 700))
 
@@ -137,11 +134,11 @@ def batches_with(request: int, size: int, longest: int, pool: Pool) -> list[tupl
 
 def test_lengths_split_and_granules_of_all_sizes_occur():
     capacity = capacity_of(torch.device("cuda"))
-    for num_rows, min_blocks in MIN_BLOCKS.items():
+    for num_rows, segments in NUM_SEGMENTS.items():
         grids = [invariant_grid(size, num_rows, 1, capacity) for size, _ in BATCHES]
         assert {grid.num_granules for grid in grids} >= ({128, 16, 4} if num_rows == 16 else {128, 16, 4, 1})
-        assert min_segment_blocks(grids[0].rows_per_tile) == min_blocks
-        assert {num_segments_of(-(-length // PAGE_SIZE), min_blocks) for length in WATCHED} >= {1, 64, 128}
+        rows, lanes = grids[0].rows_per_tile, grids[0].num_lanes
+        assert {num_segments_of(-(-length // PAGE_SIZE), rows, lanes) for length in WATCHED} >= segments
 
 
 @DTYPES

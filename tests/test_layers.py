@@ -159,6 +159,8 @@ def test_constants_are_the_same_on_host_and_device():
         "kMaxSegmentBits": schedule.NUM_GRANULES[schedule.MAX_SEGMENTS],
         "kFoldLevels": schedule.FOLD_LEVELS,
         "kDenseMinSegment": schedule.DENSE_MIN_SEGMENT,
+        "kDenseLongTile": schedule.DENSE_LONG_TILE,
+        "kDenseMinSegmentOfLongTile": schedule.DENSE_MIN_SEGMENT_OF_LONG_TILE,
         "kSwappedMinSegment": schedule.SWAPPED_MIN_SEGMENT,
         "kSwappedMinSegmentOf32Rows": schedule.SWAPPED_MIN_SEGMENT_OF_32_ROWS,
         "kMaxScratchBytes": schedule.MAX_SCRATCH_BYTES,

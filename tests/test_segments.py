@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -19,14 +20,11 @@ from segments import any_in, fold_by_workers, member_sizes, num_blocks_of, num_s
 from flash_mla import schedule
 from flash_mla.schedule import (
     CPU_CAPACITY,
-    DENSE_MIN_SEGMENT,
     FOLD_LEVELS,
     MAX_SCRATCH_BYTES,
     MAX_SEGMENTS,
     NUM_GRANULES,
     PAGE_SIZE,
-    SWAPPED_MIN_SEGMENT,
-    SWAPPED_MIN_SEGMENT_OF_32_ROWS,
     ClusterCapacity,
     WorkerGrid,
     capacity_of,
@@ -47,7 +45,7 @@ from flash_mla.schedule import (
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 NUM_SEGMENTS = [2**i for i in range(8)]
 NUM_BLOCKS = [*range(140), 255, 256, 511, 512, 513, 1000, 1023, 1024, 1025, 3125, 20_000, 2**25 - 1, 2**25]
-MIN_BLOCKS = (1, SWAPPED_MIN_SEGMENT, SWAPPED_MIN_SEGMENT_OF_32_ROWS, DENSE_MIN_SEGMENT, 64)
+ROWS_AND_LANES = ((16, 1), (32, 1), *((64, lanes) for lanes in range(1, 9)))  # of a tile
 KNOWN_CAPACITIES = [*CAPACITIES.values(), *map(ClusterCapacity, UNUSUAL_CLUSTERS)]
 COUNTS = [(1, 1), (16, 1), (32, 3), (33, 1), (64, 2), (128, 1), (192, 1), (256, 1), (1000, 2)]
 LENGTHS = st.one_of(
@@ -66,17 +64,24 @@ def in_order(left: str, right: str) -> str:
     return f"({left} {right})"
 
 
-@pytest.mark.parametrize("min_blocks", MIN_BLOCKS)
-def test_segments_cover_the_blocks_in_order(min_blocks):
+@pytest.mark.parametrize(("num_rows", "num_lanes"), ROWS_AND_LANES)
+def test_segments_cover_the_blocks_in_order(num_rows, num_lanes):
     for num_blocks in NUM_BLOCKS:
-        segments = num_segments_of(num_blocks, min_blocks)
+        segments = num_segments_of(num_blocks, num_rows, num_lanes)
         assert segments in NUM_SEGMENTS
-        assert segments == 1 or num_blocks / segments >= min_blocks
-        assert segments == MAX_SEGMENTS or num_blocks / (2 * segments) < min_blocks
+        assert segments == 1 or num_blocks / segments >= min_segment_blocks(num_blocks, num_rows)
         ranges = [segment_range(i, segments, num_blocks) for i in range(segments)]
         assert (ranges[0].start, ranges[-1].stop) == (0, num_blocks)
         assert all(left.stop == right.start for left, right in itertools.pairwise(ranges))
         assert all(ranges) or num_blocks == 0
+
+
+@pytest.mark.parametrize(("num_rows", "num_lanes"), ROWS_AND_LANES)
+def test_longer_tiles_have_no_fewer_segments(num_rows, num_lanes):
+    """And a long one has one for each worker, of up to 128."""
+    segments = [num_segments_of(num_blocks, num_rows, num_lanes) for num_blocks in sorted(NUM_BLOCKS)]
+    assert segments == sorted(segments)
+    assert MAX_SEGMENTS // 2 < segments[-1] * num_lanes <= MAX_SEGMENTS
 
 
 @pytest.mark.parametrize("num_segments", NUM_SEGMENTS)
@@ -132,8 +137,8 @@ PROGRAM = """
 #include "params/segments.h"
 using namespace flash_mla;
 int main() {
-    for (int num_blocks, min_blocks; std::scanf("%d %d", &num_blocks, &min_blocks) == 2;) {
-        int const bits = segment_bits_of(num_blocks, min_blocks);
+    for (int num_blocks, num_rows, num_lanes; std::scanf("%d %d %d", &num_blocks, &num_rows, &num_lanes) == 3;) {
+        int const bits = segment_bits_of(num_blocks, num_rows, num_lanes);
         std::printf("%d", 1 << bits);
         for (int i = 0; i <= 1 << bits; ++i) std::printf(" %d", segment_begin(i, bits, num_blocks));
         for (int level = 0; level < kFoldLevels; ++level) std::printf(" %d", 1 << level_bits(level, bits));
@@ -147,9 +152,9 @@ int main() {
 """
 
 
-def numbers_of(num_blocks: int, min_blocks: int) -> list[int]:
+def numbers_of(num_blocks: int, num_rows: int, num_lanes: int) -> list[int]:
     """What the program prints."""
-    segments = num_segments_of(num_blocks, min_blocks)
+    segments = num_segments_of(num_blocks, num_rows, num_lanes)
     begins = [segment_range(i, segments, num_blocks).start for i in range(segments)]
     numbers = [segments, *begins, num_blocks, *radices_of(segments)]
     for granules in NUM_GRANULES:
@@ -172,8 +177,8 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 @NEEDS_COMPILER
 def test_segments_are_the_same_on_host_and_device(tmp_path):
-    cases = [(num_blocks, min_blocks) for num_blocks in NUM_BLOCKS for min_blocks in MIN_BLOCKS]
-    lines = output_of(PROGRAM, tmp_path, "\n".join(f"{num_blocks} {min_blocks}" for num_blocks, min_blocks in cases))
+    cases = [(num_blocks, *rows_and_lanes) for num_blocks in NUM_BLOCKS for rows_and_lanes in ROWS_AND_LANES]
+    lines = output_of(PROGRAM, tmp_path, "\n".join(" ".join(map(str, case)) for case in cases))
     for case, line in zip(cases, lines, strict=True):
         assert line == numbers_of(*case), case
 
@@ -321,12 +326,12 @@ def test_work_is_as_even_as_granules_allow():
             blocks: Counter[int] = Counter()
             tiles: dict[int, set[tuple[int, int]]] = {}
             largest = 0
-            min_blocks = min_segment_blocks(grid.rows_per_tile)
             for s in walk(plan_rows(lengths, num_rows, 1, CPU_CAPACITY), lengths, grid):
                 num_blocks = num_blocks_of(lengths[s.batch])
                 blocks[s.worker] += len(segment_range(s.index, s.num_segments, num_blocks))
                 tiles.setdefault(s.worker, set()).add((s.batch, s.tile))
-                largest = max(largest, -(-num_blocks // min(s.num_segments, grid.num_granules)), min_blocks)
+                least = min_segment_blocks(num_blocks, grid.rows_per_tile)
+                largest = max(largest, -(-num_blocks // min(s.num_segments, grid.num_granules)), least)
             overhead = grid.split_overhead_blocks
             total = sum(num_blocks_of(length) + overhead for length in lengths) * grid.tiles_per_request
             quota = -(-total // grid.num_workers)
@@ -414,12 +419,18 @@ def test_sums_have_one_order_wherever_tiles_are_cut(lengths, num_rows, num_granu
     check_sums(rows_between(boundaries, len(lengths)), lengths, grid)
 
 
+def blocks_in(num_segments: int, num_rows: int) -> int:
+    """The fewest blocks with which a tile has so many segments."""
+    return next(n for n in range(1, 5000) if num_segments_of(n, num_rows) == num_segments)
+
+
 @pytest.mark.parametrize("num_rows", [16, 32, 64])
 def test_sums_have_one_order_with_every_few_cuts(num_rows):
     """All cuts of 2 to 8 segments, all pairs of 16 and 32."""
-    min_blocks = min_segment_blocks(64 if num_rows > 32 else num_rows)
     for num_segments in (2, 4, 8, 16, 32):
-        lengths, places = [num_segments * min_blocks * PAGE_SIZE], range(1, num_segments)
+        if (num_segments, num_rows) == (32, 32):
+            continue  # there are none
+        lengths, places = [blocks_in(num_segments, num_rows) * PAGE_SIZE], range(1, num_segments)
         counts = range(len(places) + 1) if num_segments <= 8 else (1, 2)
         for cuts in itertools.chain.from_iterable(itertools.combinations(places, count) for count in counts):
             boundaries = [(0, place * MAX_SEGMENTS // num_segments) for place in cuts]
@@ -427,23 +438,24 @@ def test_sums_have_one_order_with_every_few_cuts(num_rows):
 
 
 def fold_partials(folded: tuple[torch.Tensor, ...], following: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """csrc/kernels/sm90/primitives/fold.h, in float64."""
-    out, log2_sum = folded
-    next_out, next_log2_sum = following
-    largest = torch.maximum(log2_sum, next_log2_sum)
-    if largest == float("-inf"):
-        return torch.zeros_like(out), largest
-    powers = torch.exp2(log2_sum - largest), torch.exp2(next_log2_sum - largest)
-    total = powers[0] + powers[1]
-    weights = powers[0] / total, powers[1] / total
-    return weights[0] * out + weights[1] * next_out, torch.log2(total) + largest
+    """csrc/kernels/sm90/primitives/fold.h, in float64: outputs, reference and sum."""
+    out, reference, total = folded
+    next_out, next_reference, next_total = following
+    difference = next_reference - reference
+    weight = torch.exp2(-difference) if difference > 0 else torch.ones_like(total)
+    next_weight = torch.exp2(difference) if difference < 0 else torch.ones_like(total)
+    return (
+        weight * out + next_weight * next_out,
+        torch.maximum(reference, next_reference),
+        weight * total + next_weight * next_total,
+    )
 
 
 @pytest.mark.parametrize("num_granules", NUM_GRANULES)
 @pytest.mark.parametrize("num_segments", [1, 2, 8, 32, 128])
 def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granules):
     generator = torch.Generator().manual_seed(num_segments)
-    num_blocks = num_segments * DENSE_MIN_SEGMENT
+    num_blocks = blocks_in(num_segments, 64)
     scores = torch.randn(num_blocks, generator=generator, dtype=torch.float64) * 3
     scores[segment_range(num_segments - 1, num_segments, num_blocks).start :] = float("-inf")  # a segment without keys
     if num_segments == 1:
@@ -452,20 +464,25 @@ def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granu
     lengths = [num_blocks * PAGE_SIZE, 100]
     grid = invariant_grid(2, 64, 1, CPU_CAPACITY)._replace(num_granules=num_granules, num_workers=7)
 
+    no_key = torch.zeros(4, dtype=torch.float64), *torch.tensor([float("-inf"), 0.0], dtype=torch.float64)
+
     def value_of(segment):
         if segment.batch != 0:
-            return torch.zeros(4, dtype=torch.float64), torch.tensor(float("-inf"), dtype=torch.float64)
+            return no_key
         blocks = segment_range(segment.index, segment.num_segments, num_blocks)
-        own = scores[blocks.start : blocks.stop]
-        out = own.softmax(0).nan_to_num(0.0) @ values[blocks.start : blocks.stop]
-        return out, torch.logsumexp(own, 0) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+        own = scores[blocks.start : blocks.stop] / math.log(2.0)
+        if own.max() == float("-inf"):
+            return no_key
+        reference = own.max() - segment.index % 9  # sums may be relative to less
+        powers = torch.exp2(own - reference)
+        return powers @ values[blocks.start : blocks.stop], reference, powers.sum()
 
     rows = divide_work(torch.tensor(lengths, dtype=torch.int32), grid, 7)[0].tolist()
     results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials, by_cta=False)
-    out, log2_sum = results[0, 0]
-    torch.testing.assert_close(out, scores.softmax(0) @ values)
-    torch.testing.assert_close(log2_sum * torch.log(torch.tensor(2.0, dtype=torch.float64)), scores.logsumexp(0))
-    assert results[1, 0][1] == float("-inf")
+    out, reference, total = results[0, 0]
+    torch.testing.assert_close(out / total, scores.softmax(0) @ values)
+    torch.testing.assert_close((torch.log2(total) + reference) * math.log(2.0), scores.logsumexp(0))
+    assert results[1, 0][1:] == (float("-inf"), 0.0)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))

@@ -155,6 +155,7 @@ Tensor run(Arguments const& a, Tensor const& out) {
     params.packed_partial = params.out_partial;
     params.scale_partial = params.out_partial + scratch.rows * (kHeadDimV / 2);
     params.lse_partial = params.out_partial + scratch.rows * kHeadDimV;
+    params.statistics_partial = reinterpret_cast<RowStatistics*>(params.lse_partial);
 
     cudaStream_t const stream = c10::cuda::getCurrentCUDAStream(a.q.device().index());
     bool const is_bfloat16 = a.q.scalar_type() == at::kBFloat16;

@@ -9,6 +9,13 @@ namespace flash_mla {
 
 enum class ElementType { kBFloat16, kFloat16 };  // of q, k_cache and out
 
+// What the softmax of a row has seen: of its keys' scores in the log2 domain a reference, within some 2^8 of the
+// largest, and the sum of the probabilities relative to it; -inf and 0 for no key. Outputs that have not been divided
+// by the sum are relative to it too.
+struct RowStatistics {
+    float reference, sum;
+};
+
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct DenseDecodeParams {
     void const* q;              // (batch_size, seqlen_q, num_heads_q, 576)
@@ -24,6 +31,9 @@ struct DenseDecodeParams {
                            // combine
     float* scale_partial;  // (rows, 8): what these are multiplied with
     float* lse_partial;    // (rows,), log2
+    // (rows,), where bits do not depend on the batch: of outputs that have not been divided by the sum. Instead of
+    // lse_partial.
+    RowStatistics* statistics_partial;
 
     int64_t q_batch_stride, q_token_stride, q_head_stride;
     int64_t k_block_stride, k_token_stride, k_head_stride;

@@ -2,9 +2,10 @@
 // follows from the number of KV blocks alone. flash_mla/schedule.py is the host twin; tests compare the two.
 //
 // A tile of n blocks has S segments, a power of two; segment i is the blocks i·n/S to (i + 1)·n/S. Each is a softmax of
-// its own, from its first key on. Their results are folded in three levels: chains of r0 segments, chains of r1 such
-// chains, and one of r2 of those; r2 = min(S, 4), r1 = min(S / r2, 4), r0 = S / (r2 · r1). A chain is folded from its
-// first member to its last, so its begin may be folded before the rest is there.
+// its own, from its first key on. Their results, outputs that have not been divided by their sums (fold.h), are folded
+// in three levels: chains of r0 segments, chains of r1 such chains, and one of r2 of those; r2 = min(S, 4), r1 = min(S
+// / r2, 4), r0 = S / (r2 · r1). A chain is folded from its first member to its last, so its begin may be folded before
+// the rest is there.
 //
 //   S = 32    ((s0 + s1) + (s2 + s3) + (s4 + s5) + (s6 + s7)) + ((s8 + s9) + ...) + (... ) + (... + (s30 + s31))
 //
@@ -27,24 +28,27 @@ enum class Summation { kByWorkers, kBySegments };
 
 inline constexpr int kMaxSegments = 128;
 inline constexpr int kFoldLevels = 3;
-inline constexpr int kDenseMinSegment = 16;   // blocks
-inline constexpr int kSwappedMinSegment = 4;  // blocks
-inline constexpr int kSwappedMinSegmentOf32Rows = 8;
+inline constexpr int kDenseMinSegment = 16;  // blocks
+inline constexpr int kDenseLongTile = 128, kDenseMinSegmentOfLongTile = 32;
+inline constexpr int kSwappedMinSegment = 1;
+inline constexpr int kSwappedMinSegmentOf32Rows = 4;
 inline constexpr int kMaxScratchBytes = 64000000;
 
 // All numbers of segments and granules are powers of two.
 inline constexpr int kMaxSegmentBits = 7;
 
-constexpr int min_segment_blocks(int rows_per_tile) {
-    return rows_per_tile == kBlockM ? kDenseMinSegment
-           : rows_per_tile > 16     ? kSwappedMinSegmentOf32Rows
-                                    : kSwappedMinSegment;
+constexpr int min_segment_blocks(int num_blocks, int rows_per_tile) {
+    if (rows_per_tile == kBlockM) return num_blocks >= kDenseLongTile ? kDenseMinSegmentOfLongTile : kDenseMinSegment;
+    return rows_per_tile > 16 ? kSwappedMinSegmentOf32Rows : kSwappedMinSegment;
 }
-// log2 of S, the largest with segments of at least min_blocks.
-constexpr int segment_bits_of(int num_blocks, int min_blocks) {
+// log2 of S, the largest with segments that are not too short and, up to 128 of all lanes, a worker for each. With 32
+// rows there are no 32: their chains in registers would have two members only.
+constexpr int segment_bits_of(int num_blocks, int rows_per_tile, int num_lanes) {
+    int const min_blocks = min_segment_blocks(num_blocks, rows_per_tile);
     int bits = 0;
-    for (int i = 1; i <= kMaxSegmentBits; ++i) bits += num_blocks >= min_blocks << i;
-    return bits;
+    for (int i = 1; i <= kMaxSegmentBits; ++i) bits += num_blocks >= min_blocks << i && num_lanes << i <= kMaxSegments;
+    bool const is_tile_of_32 = rows_per_tile > 16 && rows_per_tile < kBlockM;
+    return is_tile_of_32 && bits == 5 ? 4 : bits;
 }
 constexpr int segment_begin(int segment, int segment_bits, int num_blocks) {
     return int(uint64_t(segment) * uint64_t(num_blocks) >> segment_bits);
@@ -58,10 +62,13 @@ constexpr int level_bits(int level, int segment_bits) {
 }
 // log2 of the segments in a member of a level's chains: of those up to the level before, in all.
 constexpr int member_bits(int level, int segment_bits) {
-    int bits = 0;
-    for (int i = 0; i < level; ++i) bits += level_bits(i, segment_bits);
-    return bits;
+    return level == 0   ? 0
+           : level == 1 ? level_bits(0, segment_bits)
+           : level == 2 ? segment_bits - level_bits(2, segment_bits)
+                        : segment_bits;
 }
+// The innermost level whose chains have several members: those before it only pass values on.
+constexpr int first_folding_level(int segment_bits) { return segment_bits > 4 ? 0 : segment_bits > 2 ? 1 : 2; }
 
 // What lies below a granule, where a tile has at most so many.
 constexpr int levels_in_granule(int num_granules) {
@@ -82,6 +89,7 @@ struct SegmentOfWorker {
     int index, begin, end;
 
     constexpr bool is_last() const { return index + 1 == end; }
+    constexpr SegmentOfWorker previous() const { return {index - 1, begin, end}; }
     constexpr int packed() const { return index | begin << 8 | end << 16; }
     static constexpr SegmentOfWorker unpacked(int word) { return {word & 255, word >> 8 & 255, word >> 16}; }
 };
@@ -146,7 +154,7 @@ constexpr VectorPlace vector_place(int vector, int rows_per_tile) {
 }
 
 constexpr DecodeScratch invariant_scratch(WorkerGrid const& grid, int64_t batch_size) {
-    return {num_slots(grid, batch_size) * grid.rows_per_tile};
+    return {num_slots(grid, batch_size) * grid.rows_per_tile, kHeadDimV + 2};
 }
 constexpr int64_t invariant_scratch_bytes(WorkerGrid const& grid, int64_t batch_size) {
     return invariant_scratch(grid, batch_size).bytes();

@@ -152,11 +152,13 @@ constexpr int64_t num_partial_rows(int num_rows_per_head_kv, int num_heads_kv, i
     return int64_t(2) * grid.num_workers * grid.num_lanes * kBlockM;
 }
 
-// Scratch of a decode: rows of partial results, each with its log2-sum-exp2.
+// Scratch of a decode: rows of partial results, each with its log2-sum-exp2, or where bits do not depend on the batch
+// with reference and sum.
 struct DecodeScratch {
     int64_t rows;
+    int numbers_per_row = kHeadDimV + 1;
 
-    constexpr int64_t bytes() const { return rows * (kHeadDimV + 1) * int64_t(sizeof(float)); }
+    constexpr int64_t bytes() const { return rows * numbers_per_row * int64_t(sizeof(float)); }
 };
 
 // CTAs that neighbour each other in a worker form a cluster and load each KV block once for both.

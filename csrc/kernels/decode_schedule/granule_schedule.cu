@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1) granule_schedule_kernel(DecodeSch
     // The boundary between granules that is nearest to part / whole of the tile.
     auto place_near = [&](int64_t tile, int64_t part, int64_t whole) -> Boundary {
         int batch = int(tile / grid.tiles_per_request);
-        int const segment_bits = segment_bits_of(num_blocks_in(batch), min_segment_blocks(grid.rows_per_tile));
+        int const segment_bits = segment_bits_of(num_blocks_in(batch), grid.rows_per_tile, grid.num_lanes);
         int const granule_bits = granule_bits_of(grid.num_granules, segment_bits);
         int64_t const granule = whole > 0 ? ((part << (granule_bits + 1)) + whole) / (2 * whole) : 0;
         bool const is_behind_tile = granule >> granule_bits;

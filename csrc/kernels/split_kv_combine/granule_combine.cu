@@ -1,9 +1,9 @@
 // The upper part of the tree of segments (segments.h), for tiles that the plan cuts: what several workers have folded
 // of them. Other tiles have their results from the decode.
 //
-// A warp takes one vector of a tile at a time: 32 lanes with 4 numbers each, as the decode kernels hold them. Where
-// there are few vectors in many parts a CTA shares one, a warp for each innermost chain. Which values there are in
-// which slots follows from the segments at which workers begin.
+// A warp takes one vector of a tile at a time, of the dense kernel two of the same rows: 32 lanes with 4 numbers of
+// each, as the decode kernels hold them. Where there are few vectors in many parts a CTA shares them, a warp for each
+// innermost chain. Which values there are in which slots follows from the segments at which workers begin.
 #include "kernels/split_kv_combine/granule_combine.h"
 
 #include <algorithm>
@@ -69,7 +69,7 @@ __device__ Begin begin_of(DenseDecodeParams const& params, int worker) {
     if (row.begin_block <= 0 || row.begin_batch >= params.batch_size || row.begin_tile >= grid.tiles_per_request)
         return {};
     int const num_blocks = num_blocks_of(max(params.cache_seqlens[row.begin_batch], 0));
-    int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(grid.rows_per_tile));
+    int const segment_bits = segment_bits_of(num_blocks, grid.rows_per_tile, grid.num_lanes);
     int const segment = segment_at(min(row.begin_block, kMaxSegments), segment_bits, grid.num_granules);
     return {row.begin_batch, row.begin_tile, segment < 1 << segment_bits ? segment : 0, segment_bits};
 }
@@ -139,32 +139,36 @@ struct Run {
     }
 };
 
-// What a lane has of a vector: 4 numbers, of one row or of two.
-template <bool kIsSwapped>
+// What a lane has of some vectors: 4 numbers of each, of one row or of two.
+template <bool kIsSwapped, int kVectors>
 struct Value {
     static constexpr int kRows = kIsSwapped ? 2 : 1;
-    float4 number;
-    float log2_sum[kRows];
+    float4 number[kVectors];
+    RowStatistics statistics[kRows];
 
     // Folded with what comes next.
     __device__ void fold(Value const& next) {
         FoldWeights weights[kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) weights[i] = sm90::fold_log2_sums(log2_sum[i], next.log2_sum[i]);
-        number.x = sm90::fold_outputs(number.x, next.number.x, weights[0]);
-        number.y = sm90::fold_outputs(number.y, next.number.y, weights[kRows - 1]);
-        number.z = sm90::fold_outputs(number.z, next.number.z, weights[0]);
-        number.w = sm90::fold_outputs(number.w, next.number.w, weights[kRows - 1]);
+        for (int i = 0; i < kRows; ++i) weights[i] = sm90::fold_statistics(statistics[i], next.statistics[i]);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            number[v].x = sm90::fold_outputs(number[v].x, next.number[v].x, weights[0]);
+            number[v].y = sm90::fold_outputs(number[v].y, next.number[v].y, weights[kRows - 1]);
+            number[v].z = sm90::fold_outputs(number[v].z, next.number[v].z, weights[0]);
+            number[v].w = sm90::fold_outputs(number[v].w, next.number[v].w, weights[kRows - 1]);
+        }
     }
 };
 
-__device__ void store_lse(DenseDecodeParams const& params, int batch, QueryRow const& at, float log2_sum) {
-    if (at.exists) params.lse[lse_offset(params, batch, at)] = natural_lse(log2_sum);
+__device__ void store_lse(DenseDecodeParams const& params, int batch, QueryRow const& at,
+                          RowStatistics const& statistics) {
+    if (at.exists) params.lse[lse_offset(params, batch, at)] = natural_lse(sm90::folded_log2_sum(statistics));
 }
 
-template <typename Element, bool kIsSwapped>
+template <typename Element, bool kIsSwapped, int kVectors>
 __device__ void store(DenseDecodeParams const& params, int batch, TilePlace const& place, VectorPlace const& vector,
-                      Value<kIsSwapped> const& value) {
+                      Value<kIsSwapped, kVectors> const& value) {
     int const lane = threadIdx.x % kWarpSize, rows_per_tile = params.grid.rows_per_tile;
     QueryRow const at = query_row(params, place, vector.row + lane / 4, rows_per_tile);
     if constexpr (kIsSwapped) {
@@ -172,42 +176,54 @@ __device__ void store(DenseDecodeParams const& params, int batch, TilePlace cons
         for (int i = 0; i < 2; ++i) {
             int const row = vector.row + 2 * (lane % 4) + i;
             if (vector.column == 0 && lane < 4)
-                store_lse(params, batch, query_row(params, place, row, rows_per_tile), value.log2_sum[i]);
+                store_lse(params, batch, query_row(params, place, row, rows_per_tile), value.statistics[i]);
         }
     } else if (vector.column == 0 && lane % 4 == 0) {
-        store_lse(params, batch, at, value.log2_sum[0]);
+        store_lse(params, batch, at, value.statistics[0]);
     }
-    uint32_t pair[2] = {sm90::pack_pair(value.number.x, value.number.y, Element{}),
-                        sm90::pack_pair(value.number.z, value.number.w, Element{})};
+    constexpr int kRows = Value<kIsSwapped, kVectors>::kRows;
+    float const first = sm90::inverse_of(value.statistics[0].sum);
+    float const second = sm90::inverse_of(value.statistics[kRows - 1].sum);
+    using sm90::normalized;
     Element* const out =
         static_cast<Element*>(params.out) + out_offset(params, batch, at) + vector.column + 2 * (lane % 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        // Of two rows and a column each.
-        if constexpr (kIsSwapped) pair[i] = sm90::transpose_matrix(pair[i]);
-        if (at.exists) *reinterpret_cast<uint32_t*>(out + 8 * i) = pair[i];
+    for (int v = 0; v < kVectors; ++v) {
+        float4 const& x = value.number[v];
+        uint32_t pair[2] = {sm90::pack_pair(normalized(x.x, first), normalized(x.y, second), Element{}),
+                            sm90::pack_pair(normalized(x.z, first), normalized(x.w, second), Element{})};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            // Of two rows and a column each.
+            if constexpr (kIsSwapped) pair[i] = sm90::transpose_matrix(pair[i]);
+            if (at.exists) *reinterpret_cast<uint32_t*>(out + kVectorColumns * v + 8 * i) = pair[i];
+        }
     }
 }
 
-// A vector of a cut tile, and where its values are.
-template <bool kIsSwapped>
+// Vectors of a cut tile, and where their values are: of the same rows, with columns that follow.
+template <bool kIsSwapped, int kVectors>
 struct Item {
-    using LaneValue = Value<kIsSwapped>;
+    static_assert(4 % kVectors == 0);
+    using LaneValue = Value<kIsSwapped, kVectors>;
 
     DenseDecodeParams const& params;
     CutTile const& tile;
-    int vector;
+    int vector;  // the first one
     TilePlace place;
     VectorPlace at;
     int first_granule, granule_shift;
 
-    // A number counts the vectors of all cut tiles and lanes.
+    static __host__ __device__ int items_of_tile(WorkerGrid const& grid) {
+        return vectors_of_slot(grid.rows_per_tile) / kVectors;
+    }
+    // A number counts the items of all cut tiles and lanes.
     __device__ Item(DenseDecodeParams const& params, CutTile const* cut_tiles, int number)
-        : params(params), tile(cut_tiles[number / vectors_of_slot(params.grid.rows_per_tile) / params.grid.num_lanes]) {
+        : params(params), tile(cut_tiles[number / items_of_tile(params.grid) / params.grid.num_lanes]) {
         WorkerGrid const& grid = params.grid;
-        int const vectors = vectors_of_slot(grid.rows_per_tile);
-        vector = number % vectors;
-        place = tile_place(grid, tile.tile, number / vectors % grid.num_lanes);
+        int const items = items_of_tile(grid);
+        vector = number % items * kVectors;
+        place = tile_place(grid, tile.tile, number / items % grid.num_lanes);
         at = vector_place(vector, grid.rows_per_tile);
         first_granule = granule_slot(grid, tile.batch * params.num_heads_kv + place.head_kv, place.m_tile, 0);
         granule_shift = tile.segment_bits - granule_bits_of(grid.num_granules, tile.segment_bits);
@@ -223,24 +239,25 @@ struct Item {
         int const lane = threadIdx.x % kWarpSize, rows_per_tile = params.grid.rows_per_tile;
         int64_t const first_row = int64_t(first_granule + (segment >> granule_shift)) * rows_per_tile;
         LaneValue value;
-        value.number =
-            reinterpret_cast<float4 const*>(params.out_partial + first_row * kHeadDimV)[vector * kWarpSize + lane];
+        auto const* const numbers = reinterpret_cast<float4 const*>(params.out_partial + first_row * kHeadDimV);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) value.number[v] = numbers[(vector + v) * kWarpSize + lane];
 #pragma unroll
         for (int i = 0; i < LaneValue::kRows; ++i) {
             int const row = at.row + (kIsSwapped ? 2 * (lane % 4) + i : lane / 4);
-            value.log2_sum[i] = params.lse_partial[first_row + row];
+            value.statistics[i] = params.statistics_partial[first_row + row];
         }
         return value;
     }
 };
 
 // What has been folded so far, if anything.
-template <bool kIsSwapped>
+template <typename Value>
 struct Sum {
-    Value<kIsSwapped> value;
+    Value value;
     bool exists = false;
 
-    __device__ void add(Value<kIsSwapped> const& next) {
+    __device__ void add(Value const& next) {
         if (exists) {
             value.fold(next);
         } else {
@@ -250,10 +267,10 @@ struct Sum {
     }
 };
 
-// Calls function(value, level, last_member) for the runs of a vector that begin in some chains, in order. By a
+// Calls function(value, level, last_member) for the runs of an item that begin in some chains, in order. By a
 // warp, of which each lane finds out about one chain.
-template <bool kIsSwapped, typename Function>
-__device__ void for_each_run(Item<kIsSwapped> const& item, int first_chain, int num_chains, Function const& function) {
+template <typename Item, typename Function>
+__device__ void for_each_run(Item const& item, int first_chain, int num_chains, Function const& function) {
     int const lane = threadIdx.x % kWarpSize;
     Run own_run{};
     if (lane < num_chains) own_run = Run(first_chain + lane, item.tile);
@@ -266,10 +283,11 @@ __device__ void for_each_run(Item<kIsSwapped> const& item, int first_chain, int 
     }
     int const total = __shfl_sync(~0u, values_up_to_here, kMaxChains - 1);
     auto const chain_of = [&](int value) { return __ffs(__ballot_sync(~0u, values_up_to_here > value)) - 1; };
-    Value<kIsSwapped> run;
+    using Value = typename Item::LaneValue;
+    Value run;
 #pragma unroll 1
     for (int first = 0; first < total; first += kLoadsAtOnce) {
-        Value<kIsSwapped> loaded[kLoadsAtOnce];
+        Value loaded[kLoadsAtOnce];
 #pragma unroll
         for (int i = 0; i < kLoadsAtOnce; ++i) {
             if (first + i >= total) continue;
@@ -294,11 +312,11 @@ __device__ void for_each_run(Item<kIsSwapped> const& item, int first_chain, int 
     }
 }
 
-// Folds all runs of a vector. By a warp.
-template <bool kIsSwapped>
-__device__ Value<kIsSwapped> fold_all(Item<kIsSwapped> const& item) {
+// Folds all runs of an item. By a warp.
+template <typename Item>
+__device__ typename Item::LaneValue fold_all(Item const& item) {
     int const radix = item.radix();
-    Sum<kIsSwapped> outer_chain, whole;
+    Sum<typename Item::LaneValue> outer_chain, whole;
     for_each_run(item, 0, item.num_chains(), [&](auto const& run, int level, int last_member) {
         if (level == 2) return whole.add(run);
         outer_chain.add(run);
@@ -310,9 +328,10 @@ __device__ Value<kIsSwapped> fold_all(Item<kIsSwapped> const& item) {
 }
 
 // The same by a CTA, a warp per chain and then per chain of chains. The result is that of the first warp.
-template <bool kIsSwapped>
-__device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
-    __shared__ Value<kIsSwapped> values[kMaxChains][kWarpSize];
+template <typename Item>
+__device__ typename Item::LaneValue fold_all_by_cta(Item const& item) {
+    using Value = typename Item::LaneValue;
+    __shared__ Value values[kMaxChains][kWarpSize];
     __shared__ bool has_value[kMaxChains];
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     int const radix = item.radix(), num_chains = item.num_chains(), num_outer_chains = num_chains / radix;
@@ -325,7 +344,7 @@ __device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
     __syncthreads();
     // Takes the place of that of the first chain.
     if (warp < num_outer_chains) {
-        Sum<kIsSwapped> outer_chain;
+        Sum<Value> outer_chain;
         for (int chain = warp * radix; chain < (warp + 1) * radix; ++chain) {
             if (has_value[chain]) outer_chain.add(values[chain][lane]);
         }
@@ -334,7 +353,7 @@ __device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
         if (lane == 0) has_value[warp * radix] = outer_chain.exists;
     }
     __syncthreads();
-    Sum<kIsSwapped> whole;
+    Sum<Value> whole;
     if (warp == 0) {
         for (int outer = 0; outer < num_outer_chains; ++outer) {
             if (has_value[outer * radix]) whole.add(values[outer * radix][lane]);
@@ -346,15 +365,16 @@ __device__ Value<kIsSwapped> fold_all_by_cta(Item<kIsSwapped> const& item) {
 
 template <bool kByCta>
 constexpr int kThreads = (kByCta ? kMaxChains : 8) * kWarpSize;
-template <bool kIsSwapped, bool kByCta>
-constexpr int kCtasPerSm = kByCta       ? 1
-                           : kIsSwapped ? 2
-                                        : 3;  // that there are registers for
+template <bool kByCta>
+constexpr int kCtasPerSm = kByCta ? 1 : 2;  // that there are registers for
+template <bool kIsSwapped>
+using ItemOf = Item<kIsSwapped, kIsSwapped ? 1 : 2>;
 
 // kByCta: where there are many values and few vectors. Either way folds what any plan leaves.
 template <typename Element, bool kIsSwapped, bool kByCta>
-__global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kIsSwapped, kByCta>)
+__global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kByCta>)
     granule_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
+    using Item = ItemOf<kIsSwapped>;
     extern __shared__ CutTile cut_tiles[];  // [num_workers], and as many Begin
     WorkerGrid const& grid = params.grid;
     // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
@@ -362,13 +382,13 @@ __global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kIsSwapped, kByCt
     sm90::allow_dependent_launch();
     sm90::wait_for_previous_kernel();
 
-    int const num_items = num_cut_tiles * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    int const num_items = num_cut_tiles * grid.num_lanes * Item::items_of_tile(grid);
     int const warp = threadIdx.x / kWarpSize, num_warps = kByCta ? 1 : kThreads<kByCta> / kWarpSize;
     for (int number = kByCta ? blockIdx.x : warp * gridDim.x + blockIdx.x; number < num_items;
          number += gridDim.x * num_warps) {
-        Item<kIsSwapped> const item(params, cut_tiles, number);
+        Item const item(params, cut_tiles, number);
         if (!item.has_rows()) continue;
-        Value<kIsSwapped> const value = kByCta ? fold_all_by_cta(item) : fold_all(item);
+        typename Item::LaneValue const value = kByCta ? fold_all_by_cta(item) : fold_all(item);
         if (!kByCta || warp == 0) store<Element>(params, item.tile.batch, item.place, item.at, value);
     }
 }
@@ -376,10 +396,10 @@ __global__ void __launch_bounds__(kThreads<kByCta>, kCtasPerSm<kIsSwapped, kByCt
 template <typename Element, bool kIsSwapped, bool kByCta>
 cudaError_t launch(DenseDecodeParams const& params, int num_sms, cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
-    int64_t const most_items = int64_t(grid.num_workers) * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    int64_t const most_items = int64_t(grid.num_workers) * grid.num_lanes * ItemOf<kIsSwapped>::items_of_tile(grid);
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm<kIsSwapped, kByCta> * num_sms)));
+    config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm<kByCta> * num_sms)));
     config.blockDim = dim3(kThreads<kByCta>);
     config.dynamicSmemBytes = grid.num_workers * (sizeof(CutTile) + sizeof(Begin));
     config.stream = stream;
@@ -392,9 +412,10 @@ template <typename Element>
 cudaError_t launch_for(DenseDecodeParams const& params, int num_sms, cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    int64_t const num_vectors = num_tiles * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
-    bool const by_cta = grid.num_workers > 8 * num_tiles && num_vectors <= 4 * num_sms;
-    if (grid.is_swapped())
+    bool const is_swapped = grid.is_swapped();
+    int const items_of_tile = is_swapped ? ItemOf<true>::items_of_tile(grid) : ItemOf<false>::items_of_tile(grid);
+    bool const by_cta = grid.num_workers > 8 * num_tiles && num_tiles * grid.num_lanes * items_of_tile <= 4 * num_sms;
+    if (is_swapped)
         return by_cta ? launch<Element, true, true>(params, num_sms, stream)
                       : launch<Element, true, false>(params, num_sms, stream);
     return by_cta ? launch<Element, false, true>(params, num_sms, stream)

@@ -173,24 +173,19 @@ private:
     __device__ int slot_now(int level) const {
         return word_for_quad_now(shared_address(shared.fold_steps.slot[level]));
     }
-    // What outputs are still to be multiplied with, at a level or at the end.
-    __device__ float inverse_sum_now(int h, int level) const {
-        float const inverse_sum = __uint_as_float(word_for_quad_now(shared_address(shared.inverse_sum[row_now(h)])));
-        return folds_now() & ((1 << level) - 1) ? 1.f : inverse_sum;
-    }
 
     template <int h>
     __device__ void store_folded(Outputs& outputs) const {
         int const row = row_now(h), slot = slot_now(kFoldLevels);
-        float const inverse_sum = inverse_sum_now(h, kFoldLevels);
         if (slot == FoldSteps::kOut) {
+            float const inverse_sum = __uint_as_float(word_for_quad_now(shared_address(shared.inverse_sum[row])));
             Piece const& piece = piece_now();
             QueryRow const at = query_row(params, piece.place, row);
             Element* target = out_row(piece, at);
             asm volatile("" : "+l"(target));  // before the outputs are packed: its parts would take more registers
             store_row<h>(target, at.exists, inverse_sum, outputs);
         } else {
-            store_slot_row<h>(slot_vectors(slot, row), inverse_sum, outputs);
+            store_slot_row<h>(slot_vectors(slot, row), outputs);
         }
     }
 
@@ -209,23 +204,22 @@ private:
                 cute::cp_async_wait<0>();
             }
             uint32_t const landing = landing_now();
-            FoldWeights const weights = FoldWeights::of(
-                __uint_as_float(word_for_quad_now(shared_address(shared.fold_steps.folded_weight[level][row_now(h)]))));
-            float const inverse_sum = inverse_sum_now(h, level);
+            FoldWeights const weights = FoldWeights::of(__uint_as_float(
+                word_for_quad_now(shared_address(shared.fold_steps.next_above_folded[level][row_now(h)]))));
 #pragma unroll
             for (int i = 0; i < kVectorsPerPart; ++i) {
                 float4 const x = load_shared(landing + place_of(part, i));
                 int const first = 8 * (part % 2 * kVectorsPerPart + i) + 2 * h;
-                fold_output(outputs[first], x.x, inverse_sum, weights);
-                fold_output(outputs[first + 1], x.y, inverse_sum, weights);
-                fold_output(outputs[first + 4], x.z, inverse_sum, weights);
-                fold_output(outputs[first + 5], x.w, inverse_sum, weights);
+                fold_output(outputs[first], x.x, weights);
+                fold_output(outputs[first + 1], x.y, weights);
+                fold_output(outputs[first + 4], x.z, weights);
+                fold_output(outputs[first + 5], x.w, weights);
             }
             if (part + 2 < kNumParts) copy_part(part + 2, slot);
         }
     }
-    __device__ static void fold_output(float& output, float folded, float inverse_sum, FoldWeights const& weights) {
-        output = fold_outputs(folded, normalized(output, inverse_sum), weights);
+    __device__ static void fold_output(float& output, float folded, FoldWeights const& weights) {
+        output = fold_outputs(folded, output, weights);
     }
 
     // Half of one of the two rows of each thread.
@@ -258,12 +252,11 @@ private:
     }
 
     template <int h>
-    __device__ void store_slot_row(float4* target, float inverse_sum, Outputs const& outputs) const {
+    __device__ void store_slot_row(float4* target, Outputs const& outputs) const {
 #pragma unroll
         for (int i = 0; i < kNumOutputs / 8; ++i) {
             int const at = 8 * i + 2 * h;
-            target[32 * i] = float4{normalized(outputs[at], inverse_sum), normalized(outputs[at + 1], inverse_sum),
-                                    normalized(outputs[at + 4], inverse_sum), normalized(outputs[at + 5], inverse_sum)};
+            target[32 * i] = float4{outputs[at], outputs[at + 1], outputs[at + 4], outputs[at + 5]};
         }
     }
 
@@ -286,11 +279,6 @@ private:
 
     __device__ Element* out_row(Piece const& piece, QueryRow const& at) const {
         return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + half() * Traits::kHalfColumns;
-    }
-
-    // A row that saw no key is 0, whatever the values of the keys it did not see.
-    __device__ static float normalized(float output, float inverse_sum) {
-        return inverse_sum == 0.f ? 0.f : output * inverse_sum;
     }
 
     // Rows that do not exist have their place too.

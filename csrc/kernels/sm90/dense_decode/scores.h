@@ -283,15 +283,15 @@ private:
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             float const total = softmax.total(h);
+            if constexpr (Traits::kSummation == Summation::kBySegments) {
+                if (thread % 4 == 0) fold_statistics_of(piece, fragment_row(thread, h), {softmax.reference[h], total});
+                continue;
+            }
             float const lse_log2 = softmax.log2_sum(h, total);
             if (thread % 4 != 0) continue;
             int const row = fragment_row(thread, h);
             shared.inverse_sum[row] = total == 0.f ? 0.f : 1.f / total;
             QueryRow const at = query_row(params, piece.place, row);
-            if constexpr (Traits::kSummation == Summation::kBySegments) {
-                fold_log2_sum(piece, at, row, lse_log2);
-                continue;
-            }
             if (piece.is_partial()) {
                 int const lane = lane_now();
                 params.lse_partial[partial_row(params.grid, piece.slot, lane, row, kBlockM)] = lse_log2;
@@ -305,8 +305,9 @@ private:
 
     // Of one row of a segment, on its way through the tree; also of rows that do not exist, so that all lanes of the
     // output warpgroups go the same way.
-    __device__ void fold_log2_sum(Piece const& piece, QueryRow const& at, int row, float log2_sum) const {
-        SegmentFold const fold(params, piece, kBlockM);
+    __device__ void fold_statistics_of(Piece const& piece, int row, RowStatistics statistics) const {
+        SegmentFold const fold(params, piece, segment_of(piece),
+                               segment_bits_of(num_blocks_of(piece.seqlen), kBlockM, params.grid.num_lanes));
         bool const ends_tile = fold.path.ends_tile();
         int const end_slot = ends_tile ? FoldSteps::kOut : fold.end_slot();
         FoldSteps& steps = shared.fold_steps;
@@ -318,15 +319,18 @@ private:
 #pragma unroll 1
         for (int level = 0; level < kFoldLevels; ++level) {
             if (!fold.path.folds_at(level)) continue;
-            float folded = load_scratch(slot_log2_sum(params, fold.waiting_slot(level), row));
-            steps.folded_weight[level][row] = fold_log2_sums(folded, log2_sum).folded;
-            log2_sum = folded;
+            RowStatistics both = load_scratch(slot_statistics(params, fold.waiting_slot(level), row));
+            steps.next_above_folded[level][row] = next_above_folded(both, statistics);
+            fold_statistics(both, statistics);
+            statistics = both;
         }
         if (!ends_tile) {
-            *slot_log2_sum(params, end_slot, row) = log2_sum;
-        } else if (at.exists) {
-            params.lse[lse_offset(params, piece.batch, at)] = natural_lse(log2_sum);
+            *slot_statistics(params, end_slot, row) = statistics;
+            return;
         }
+        shared.inverse_sum[row] = inverse_of(statistics.sum);
+        QueryRow const at = query_row(params, piece.place, row);
+        if (at.exists) params.lse[lse_offset(params, piece.batch, at)] = natural_lse(folded_log2_sum(statistics));
     }
 
     // Pieces that pass by the pipeline because they have no keys.

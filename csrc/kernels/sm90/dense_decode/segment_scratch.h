@@ -1,4 +1,4 @@
-// Where the dense decode keeps what it folds (segments.h): outputs as vectors, and the log2-sum-exp2 of their rows.
+// Where the dense decode keeps what it folds (segments.h): outputs as vectors, and the statistics of their rows.
 // Each value is read by the thread that wrote it. What there is to do the scores warpgroup finds out: registers are too
 // dear in the others.
 #pragma once
@@ -15,8 +15,8 @@ __device__ inline float4* slot_vectors(DenseDecodeParams const& params, int slot
     return reinterpret_cast<float4*>(params.out_partial) + (vector + first_column / kVectorColumns) * 32 +
            thread_in_warpgroup_now() % 32;
 }
-__device__ inline float* slot_log2_sum(DenseDecodeParams const& params, int slot, int row) {
-    return params.lse_partial + (slot * kBlockM + row);
+__device__ inline RowStatistics* slot_statistics(DenseDecodeParams const& params, int slot, int row) {
+    return params.statistics_partial + (slot * kBlockM + row);
 }
 
 // What the scores warpgroup leaves to the output warpgroups, with the row sums: what to fold the outputs with.
@@ -26,7 +26,7 @@ struct FoldSteps {
 
     int folds;                  // the levels to fold at, a bit each, and kStays: the next segment is of the same tile
     int slot[kFoldLevels + 1];  // by level; the last one is where the result goes, or kOut
-    float folded_weight[kFoldLevels][kBlockM];
+    float next_above_folded[kFoldLevels][kBlockM];  // FoldWeights of a row
 };
 struct NoFoldSteps {};
 

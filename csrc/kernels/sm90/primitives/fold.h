@@ -1,32 +1,42 @@
-// Folding two partial results of a row: float32 outputs that are divided by their sums, and log2-sum-exp2. Every
-// rounding is spelled out, so that the bits are the same in whichever kernel this is compiled into.
+// Folding two partial results of a row: float32 outputs that have not been divided by their sums, and the statistics
+// that they are relative to. Every rounding is spelled out, so that the bits are the same in whichever kernel this is
+// compiled into.
 #pragma once
 
 #include <cmath>
 
 #include "kernels/sm90/primitives/approximations.h"
+#include "params/dense_decode.h"
 
 namespace flash_mla::sm90 {
 
-// Of what has been folded so far and of what comes next.
+inline constexpr RowStatistics kNoKey{-INFINITY, 0.f};
+
+// By how much the reference of what comes next is above that of what has been folded so far: infinite where one of them
+// has seen no key, NaN where neither has.
+__device__ inline float next_above_folded(RowStatistics const& folded, RowStatistics const& next) {
+    return __fsub_rn(next.reference, folded.reference);
+}
+
+// Of what has been folded so far and of what comes next: one of them is 1, the other the power of two by which its
+// reference is lower, so that what has seen no key weighs nothing; where neither has, both weigh 1, and their sums are
+// 0 still.
 struct FoldWeights {
     float folded, next;
 
-    __device__ static FoldWeights of(float folded) { return {folded, __fsub_rn(1.f, folded)}; }
+    __device__ static FoldWeights of(float next_above_folded) {
+        return {next_above_folded > 0.f ? exp2_approx(-next_above_folded) : 1.f,
+                next_above_folded < 0.f ? exp2_approx(next_above_folded) : 1.f};
+    }
+    __device__ bool has_zero() const { return folded == 0.f || next == 0.f; }
 };
 
-// log2_sum: that of what has been folded so far, and then that of both; -inf for no keys.
-__device__ inline FoldWeights fold_log2_sums(float& log2_sum, float next) {
-    bool const is_empty = log2_sum == -INFINITY && next == -INFINITY;
-    // NaN in either one stays: it comes back through the differences.
-    float const largest = is_empty ? 0.f : fmaxf(log2_sum, next);
-    float const power_folded = exp2_approx(__fsub_rn(log2_sum, largest));
-    float const power_next = exp2_approx(__fsub_rn(next, largest));
-    float const sum = __fadd_rn(power_folded, power_next);
-    if (is_empty) return FoldWeights::of(0.f);
-    log2_sum = __fadd_rn(log2_approx(sum), largest);
-    float const inverse = reciprocal_approx(sum);  // of 1 to 2
-    return FoldWeights::of(__fmul_rn(power_folded, inverse));
+// statistics: those of what has been folded so far, and then of both. A sum that is NaN stays, whatever it weighs.
+__device__ inline FoldWeights fold_statistics(RowStatistics& statistics, RowStatistics const& next) {
+    FoldWeights const weights = FoldWeights::of(next_above_folded(statistics, next));
+    statistics.reference = fmaxf(statistics.reference, next.reference);
+    statistics.sum = __fmaf_rn(statistics.sum, weights.folded, __fmul_rn(next.sum, weights.next));
+    return weights;
 }
 
 // What weighs nothing has no influence, whatever it is.
@@ -47,12 +57,29 @@ __device__ inline float fold_outputs(float folded, float next, FoldWeights const
         : "f"(folded), "f"(next), "f"(weights.folded), "f"(weights.next));
     return both;
 }
+// The same where both weigh something.
+__device__ inline float fold_weighing_outputs(float folded, float next, FoldWeights const& weights) {
+    return __fmaf_rn(weights.folded, folded, __fmul_rn(weights.next, next));
+}
+
+// What the outputs of a row are multiplied with at the end: 0 for one that saw no key.
+__device__ inline float inverse_of(float sum) { return sum == 0.f ? 0.f : reciprocal_approx(sum); }
+// A row that saw no key is 0, whatever the values of the keys it did not see.
+__device__ inline float normalized(float output, float inverse_sum) {
+    return inverse_sum == 0.f ? 0.f : __fmul_rn(output, inverse_sum);
+}
+__device__ inline float folded_log2_sum(RowStatistics const& statistics) {
+    return statistics.sum == 0.f ? -INFINITY : __fadd_rn(log2_approx(statistics.sum), statistics.reference);
+}
 
 // Scratch that one thread reads after it, or another one across a barrier of the CTA, has written there in the same
 // kernel: not through the cache for constant data, and not before what stands before.
-__device__ inline float load_scratch(float const* source) {
-    float value;
-    asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(value) : "l"(source) : "memory");
+__device__ inline RowStatistics load_scratch(RowStatistics const* source) {
+    RowStatistics value;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];\n"
+                 : "=f"(value.reference), "=f"(value.sum)
+                 : "l"(source)
+                 : "memory");
     return value;
 }
 __device__ inline float4 load_scratch(float4 const* source) {

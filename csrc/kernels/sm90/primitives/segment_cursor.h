@@ -14,9 +14,12 @@ __device__ inline int num_granules_now(WorkerGrid const& grid) {
 }
 
 // Runs through the segments in order, as PieceCursor does through pieces; the slot of a piece is a SegmentOfWorker, or
-// kWholeTile where the tile has no other. Here too lengths are read here and now.
+// kWholeTile where the tile has no other. To the swapped kernel a piece is all segments that the worker has of a tile,
+// and its slot says the first. Here too lengths are read here and now.
 template <int kRowsPerTile, int kLanesInCluster>
 class SegmentCursor {
+    static constexpr bool kTakesAll = kRowsPerTile < kBlockM;
+
 public:
     SegmentCursor() = default;
     __device__ explicit SegmentCursor(WorkerRow const& row) : at_{row.begin_batch, row.begin_tile, 0}, segment_(0) {}
@@ -43,13 +46,13 @@ public:
     }
 
 private:
-    // The next segment of the current tile, if there is one for this worker and lane.
+    // The next piece of the current tile, if there is one for this worker and lane.
     template <typename Load>
     __device__ bool enter(DenseDecodeParams const& params, WorkerRow const& row, Piece& piece) {
         WorkerGrid const& grid = params.grid;
         int const seqlen = max(Load::load(params.cache_seqlens + at_.batch), 0);
         int const num_blocks = num_blocks_of(seqlen);
-        int const segment_bits = segment_bits_of(num_blocks, min_segment_blocks(kRowsPerTile));
+        int const segment_bits = segment_bits_of(num_blocks, kRowsPerTile, grid.num_lanes);
         // Bounds for plans that are not of this kind.
         int const begin_place = at_.index == 0 ? min(max(row.begin_block, 0), kMaxSegments) : 0;
         int const end_place = at_.index == row.num_pieces - 1 ? min(row.end_block, kMaxSegments) : kMaxSegments;
@@ -63,11 +66,11 @@ private:
         if (segment >= end_segment || !has_rows) return false;
         piece.batch = at_.batch;
         piece.begin_block = segment_begin(segment, segment_bits, num_blocks);
-        piece.end_block = segment_begin(segment + 1, segment_bits, num_blocks);
+        segment_ = kTakesAll ? end_segment : segment + 1;
+        piece.end_block = segment_begin(segment_, segment_bits, num_blocks);
         piece.seqlen = seqlen;
         piece.slot =
             segment_bits == 0 ? Piece::kWholeTile : SegmentOfWorker{segment, first_segment, end_segment}.packed();
-        segment_ = segment + 1;
         return true;
     }
 
@@ -79,31 +82,36 @@ template <Summation kSummation, int kRowsPerTile, int kLanesInCluster>
 using PiecesOf = std::conditional_t<kSummation == Summation::kBySegments, SegmentCursor<kRowsPerTile, kLanesInCluster>,
                                     PieceCursor<kRowsPerTile, kLanesInCluster>>;
 
+// The segment that a piece is, or its first one.
+__device__ inline SegmentOfWorker segment_of(Piece const& piece) {
+    return piece.is_partial() ? SegmentOfWorker::unpacked(piece.slot) : SegmentOfWorker{0, 0, 1};
+}
+
 // A segment's way through the tree, and where in scratch the values on it wait.
 struct SegmentFold {
+    DenseDecodeParams const& params;
+    Piece const& piece;
     SegmentOfWorker segment;
+    int segment_bits;
     FoldPath path;
-    int segment_bits, num_granules;
-    int first_level_slot, first_granule_slot;
 
-    __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, int rows_per_tile) {
-        WorkerGrid const& grid = params.grid;
-        num_granules = num_granules_now(grid);
-        segment_bits = segment_bits_of(num_blocks_of(piece.seqlen), min_segment_blocks(rows_per_tile));
-        segment = piece.is_partial() ? SegmentOfWorker::unpacked(piece.slot) : SegmentOfWorker{0, 0, 1};
-        path = fold_path(segment, segment_bits);
-        first_level_slot = (worker_now() * grid.num_lanes + lane_now()) * levels_with_slots(num_granules);
-        first_granule_slot =
-            granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv, piece.place.m_tile, 0);
-    }
+    __device__ SegmentFold(DenseDecodeParams const& params, Piece const& piece, SegmentOfWorker const& segment,
+                           int segment_bits)
+        : params(params),
+          piece(piece),
+          segment(segment),
+          segment_bits(segment_bits),
+          path(fold_path(segment, segment_bits)) {}
 
     __device__ bool is_last_of_worker() const { return segment.is_last(); }
     // Of what has been folded at a level from a segment on.
     __device__ int slot(int level, int first) const {
-        bool const is_within_granule = num_granules == 1 || level + 1 < levels_in_granule(num_granules);
-        return is_within_granule
-                   ? first_level_slot + level
-                   : first_granule_slot + (first >> (segment_bits - granule_bits_of(num_granules, segment_bits)));
+        WorkerGrid const& grid = params.grid;
+        int const num_granules = num_granules_now(grid);
+        if (num_granules == 1 || level + 1 < levels_in_granule(num_granules))
+            return (worker_now() * grid.num_lanes + lane_now()) * levels_with_slots(num_granules) + level;
+        int const granule = first >> (segment_bits - granule_bits_of(num_granules, segment_bits));
+        return granule_slot(grid, piece.batch * params.num_heads_kv + piece.place.head_kv, piece.place.m_tile, granule);
     }
     // First segment of the chain of a level.
     __device__ int chain(int level) const {

@@ -29,6 +29,7 @@ struct SwappedConsumer {
     static constexpr int kOwnRows = 2 * kOwnRowTiles;  // rows of a thread's scores after the exchange
     static constexpr int kOwnScores = 4 * kOwnRowTiles;
     static constexpr float kMinusInfinity = OnlineSoftmax::kMinusInfinity;
+    static constexpr auto kAdds = cute::GMMA::ScaleOut::One, kBegins = cute::GMMA::ScaleOut::Zero;
     static constexpr int kHeadDimRopeBytes = (kHeadDim - kHeadDimV) * sizeof(Element);
 
     DenseDecodeParams const& params;
@@ -90,20 +91,26 @@ protected:
         return false;
     }
 
-    // What this CTA has of a piece. Query rows are on their way, or were there for the piece before. Calls
-    // on_last_scores when all has been done but for the outputs of the last block.
-    template <typename OnLastScores>
-    __device__ void add_blocks(Piece const& piece, BlockRange const& blocks, bool are_rows_new, Outputs& outputs,
-                               OnLastScores const& on_last_scores) {
-        cute::clear(outputs);
+    __device__ void forget_keys() {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) reference[i] = kMinusInfinity, row_sum[i] = 0.f;
-        if (are_rows_new) wait_for_q();
+    }
+
+    // What this CTA has of a piece, whose query rows are on their way. Calls on_last_scores when all has been done but
+    // for the outputs of the last block.
+    template <typename OnLastScores>
+    __device__ void add_blocks(Piece const& piece, BlockRange const& blocks, Outputs& outputs,
+                               OnLastScores const& on_last_scores) {
+        cute::clear(outputs);
+        forget_keys();
+        wait_for_q();
 #pragma unroll 1
         for (int block = blocks.begin; block < blocks.end; ++block) {
-            add_block(piece, block, outputs, block == blocks.begin, [&] {
-                if (block + 1 == blocks.end) on_last_scores();
-            });
+            add_block(
+                piece, block, outputs, block == blocks.begin, kAdds, [] {},
+                [&] {
+                    if (block + 1 == blocks.end) on_last_scores();
+                });
             ++block_count;
         }
         if (blocks.begin >= blocks.end) {
@@ -151,14 +158,16 @@ protected:
         ++rows_count;
     }
 
-    template <typename DuringOutputs>
-    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first,
-                              DuringOutputs const& during_outputs) {
+    // is_first: the first one of what has references of its own. kept: whether to add to the outputs or to begin them.
+    // Calls functions while the tensor cores compute scores, and outputs.
+    template <typename DuringScores, typename DuringOutputs>
+    __device__ void add_block(Piece const& piece, int block, Outputs& outputs, bool is_first, cute::GMMA::ScaleOut kept,
+                              DuringScores const& during_scores, DuringOutputs const& during_outputs) {
         uint32_t const stage = block_count % Traits::kNumStages;
         if (block_count == 0) wait_for_early_block();
         shared.barriers.block_full[stage].wait(block_count / Traits::kNumStages % 2);
         Scores partial_scores;
-        multiply_q(stage, partial_scores);
+        multiply_q(stage, partial_scores, during_scores);
         float scores[kOwnScores];
         exchange(partial_scores, scores);
         int const num_keys = piece.seqlen - block * kPageSize;
@@ -171,7 +180,7 @@ protected:
             sync_consumers();
             if (!is_first && (shared.must_rescale[0] | shared.must_rescale[1])) rescale(outputs);
         }
-        multiply_v(stage, outputs, during_outputs);
+        multiply_v(stage, outputs, kept, during_outputs);
         if (lane() == 0) shared.barriers.block_empty[stage].arrive();
     }
 
@@ -182,7 +191,8 @@ protected:
     }
 
     // This group's share of the columns: half of the latent ones and half of RoPE.
-    __device__ void multiply_q(uint32_t stage, Scores& scores) const {
+    template <typename During>
+    __device__ void multiply_q(uint32_t stage, Scores& scores, During const& during) const {
         using namespace cute;
         typename Traits::MmaScores mma;
         constexpr int kLatentSteps = Traits::kChunksPerGroup * 4, kRopeSteps = 4 / Traits::kNumGroups;
@@ -202,6 +212,7 @@ protected:
 #pragma unroll
         for (int k = 0; k < kRopeSteps; ++k) cute::gemm(mma, rope.step(k), q_rope.step(k), scores);
         warpgroup_commit_batch();
+        during();
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
     }
@@ -371,18 +382,21 @@ protected:
     }
 
     template <typename During>
-    __device__ void multiply_v(uint32_t stage, Outputs& outputs, During const& during) const {
+    __device__ void multiply_v(uint32_t stage, Outputs& outputs, cute::GMMA::ScaleOut kept,
+                               During const& during) const {
         using namespace cute;
         typename Traits::MmaOutput mma;
         RowwiseOperand const v(shared_address(shared.block[stage][group * Traits::kChunksPerGroup]));
         ColumnwiseOperandOf<kRows> const p(shared_address(shared.p));
         warpgroup_fence_operand(outputs);
         warpgroup_arrive();
+        mma.accumulate_ = kept;
 #pragma unroll
         for (int k = 0; k < kPageSize / 16; ++k) {
 #pragma unroll
             for (int m = 0; m < Traits::kChunksPerGroup; ++m)
                 cute::gemm(mma, v.step(k, m)(_, 0), p.step(k)(_, 0), outputs(_, m, 0));
+            mma.accumulate_ = kAdds;
         }
         warpgroup_commit_batch();
         during();

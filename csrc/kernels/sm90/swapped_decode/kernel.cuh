@@ -16,7 +16,7 @@
 //                           O for one half of the latent columns, in registers
 //   1 producer warp         looks up pages, copies KV blocks and the first query rows by TMA
 //   1 statistics warp       tells the cluster what its rows have seen and weighs what each CTA sends, while the outputs
-//                           are on their way; not where bits do not depend on the batch
+//                           are on their way; where bits do not depend on the batch, three warps without work instead
 //
 // Shared memory (bytes, 16 rows)
 //   block      2 × 73728    KV blocks: 8 latent chunks (64 tokens × 64 columns, 128-byte swizzle) and RoPE
@@ -52,8 +52,10 @@
 //   received             the statistics warp, bytes      consumers, before they merge; the statistics warp, before the
 //                        from every CTA with blocks      next piece
 // clang-format on
-// Where bits do not depend on the batch (Summation::kBySegments) a piece is a segment and a CTA is alone: it folds what
-// it has of a tile as it goes (segments.h).
+// Where bits do not depend on the batch (Summation::kBySegments) a piece is all segments that a worker has of a tile,
+// and a CTA is alone: it folds them as it goes (segments.h), each while the scores of the next one's first block are
+// computed. It needs more registers for that, so the producer has a warpgroup, which gives its own away
+// (fold_segments.h).
 //
 // Before the kernel before has ended, a CTA finds out with which piece and blocks it will probably begin, and has the
 // blocks brought to the L2; as soon as it has ended, query rows and first block are asked for, and then it is found out
@@ -74,6 +76,8 @@
 // Numerics as in the dense decode (online_softmax.h); in a cluster sums and outputs are added in the order of the
 // ranks.
 #pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
 
 #include "kernels/sm90/primitives/dependent_launch.h"
 #include "kernels/sm90/swapped_decode/fold_segments.h"
@@ -117,20 +121,22 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
 
     int const rank = cute::block_rank_in_cluster();
     int const group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    constexpr bool kFolds = Traits::kSummation == Summation::kBySegments;
     if (group == Traits::kNumGroups) {
+        if constexpr (kFolds) cutlass::arch::warpgroup_reg_dealloc<Traits::kLoadingRegisters>();
         int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - Traits::kConsumerThreads / 32;
         if (warp == 0) {
             if (threadIdx.x % 32 == 0) SwappedProducer<Traits>{params, maps, shared, rank}.run();
             __syncwarp();
             cute::cluster_wait();
-        } else if constexpr (Traits::kSummation == Summation::kByWorkers) {
+        } else {
             cute::cluster_wait();
-            StatisticsWarp<Traits>{params, shared, rank}.run();
+            if constexpr (!kFolds) StatisticsWarp<Traits>{params, shared, rank}.run();
         }
     } else {
+        if constexpr (kFolds) cutlass::arch::warpgroup_reg_alloc<Traits::kFoldingRegisters>();
         cute::cluster_wait();
-        using Consumer = std::conditional_t<Traits::kSummation == Summation::kBySegments, FoldingConsumer<Traits>,
-                                            MergingConsumer<Traits>>;
+        using Consumer = std::conditional_t<kFolds, FoldingConsumer<Traits>, MergingConsumer<Traits>>;
         Consumer consumer{{params, maps, shared, group, int(threadIdx.x % 128)}};
         consumer.run();
     }

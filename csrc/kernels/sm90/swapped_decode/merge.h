@@ -25,7 +25,7 @@ struct MergingConsumer : SwappedConsumer<Traits> {
         if (!has_piece) return;
         while (has_piece) {
             Outputs outputs;
-            this->add_blocks(piece, BlockRange(piece, rank(), num_ctas()), true, outputs, [&] {
+            this->add_blocks(piece, BlockRange(piece, rank(), num_ctas()), outputs, [&] {
                 if (!is_alone()) this->leave_statistics();
             });
             if (is_alone()) {

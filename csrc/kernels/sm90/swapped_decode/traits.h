@@ -21,8 +21,10 @@ struct SwappedDecodeTraits {
 
     static constexpr int kNumGroups = 2;  // of consumers, a warpgroup each
     static constexpr int kConsumerThreads = kNumGroups * 128;
-    // And a warp that loads, and one that has the statistics of the rows.
-    static constexpr int kNumThreads = kConsumerThreads + (kSummation == Summation::kByWorkers ? 64 : 32);
+    // And a warp that loads, and one that has the statistics of the rows; or, where consumers take registers from it, a
+    // warpgroup for the one that loads.
+    static constexpr int kNumThreads = kConsumerThreads + (kSummation == Summation::kByWorkers ? 64 : 128);
+    static constexpr int kFoldingRegisters = 224, kLoadingRegisters = 56;  // together 3 × 168, what a CTA starts with
 
     static constexpr int kNumStages = 2;  // of KV blocks
     static constexpr int kChunkColumns = kKChunkColumns, kLatentChunks = kKLatentChunks;
@@ -113,6 +115,10 @@ struct SwappedDecodeTraits {
         alignas(8) float weight[kMaxCtas][kRows];
         alignas(8) bool exceeds[kNumGroups][4];  // by warp
         int must_rescale[kNumGroups];
+        // Where bits do not depend on the batch, of outputs that wait, by thread: for each row that it has some of.
+        static constexpr int kLevelsOfStatistics = kSummation == Summation::kByWorkers ? 1 : kRows <= 16 ? 2 : 1;
+        static constexpr int kStatisticsThreads = kSummation == Summation::kByWorkers ? 1 : kConsumerThreads;
+        RowStatistics waiting_statistics[kLevelsOfStatistics][2 * kRowTiles][kStatisticsThreads];
         typename EarlyPiece<Pieces>::Sources sources;  // of the first piece
         alignas(8) Barriers barriers;
     };
