@@ -226,7 +226,8 @@ def decode_grid(
 def invariant_scratch_bytes(grid: WorkerGrid, batch_size: int) -> int:
     """Slots for what waits at the levels within a granule and for the values of granules."""
     num_ctas = grid.num_workers * grid.num_lanes
-    granules = 0 if grid.num_granules == 1 else grid.num_granules
+    most = num_segments_of(MAX_SEGMENTS * DENSE_MIN_SEGMENT_OF_LONG_TILE, grid.rows_per_tile, grid.num_lanes)
+    granules = 0 if grid.num_granules == 1 else min(grid.num_granules, most)
     num_slots = num_ctas * levels_with_slots(grid.num_granules)
     num_slots += batch_size * grid.tiles_per_request * grid.num_lanes * granules
     return 4 * num_slots * grid.rows_per_tile * _ROW_FLOATS
@@ -239,11 +240,11 @@ def min_segment_blocks(num_blocks: int, rows_per_tile: int) -> int:
 
 
 def num_segments_of(num_blocks: int, rows_per_tile: int, num_lanes: int = 1) -> int:
-    """A power of two, the largest with segments that are not too short and, up to 128 of all lanes, a worker for each;
-    with 32 rows not 32."""
+    """A power of two: the most segments that are not too short, doubled as long as there are fewer than 128 for all
+    lanes; with 32 rows not 32."""
     min_blocks = min_segment_blocks(num_blocks, rows_per_tile)
     segments = 1
-    while 2 * segments * num_lanes <= MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
+    while segments * num_lanes < MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
         segments *= 2
     return 16 if rows_per_tile == _MORE_ROWS and segments == 32 else segments
 

@@ -51,7 +51,7 @@ def test_racecheck_follows_the_dense_kernel_and_its_combine(capacity):
     """Segments of the swapped kernel have more blocks than it has stages."""
     followed = [case for case in INVARIANT_CASES if sanitized_cases.is_followed_by_racecheck(case, capacity)]
     assert [case.name for case in followed] == [
-        case.name for case in INVARIANT_CASES if not case.grid(capacity).is_swapped
+        case.name for case in INVARIANT_CASES if not case.grid(capacity).is_swapped or "two segments" in case.name
     ]
     taken = {way for case in followed for way in invariant_routes_of(case, capacity)}
     assert {way for way in INVARIANT_ROUTES if way.startswith("dense")} <= taken

@@ -9,9 +9,9 @@ namespace flash_mla {
 
 enum class ElementType { kBFloat16, kFloat16 };  // of q, k_cache and out
 
-// What the softmax of a row has seen: of its keys' scores in the log2 domain a reference, within some 2^8 of the
-// largest, and the sum of the probabilities relative to it; -inf and 0 for no key. Outputs that have not been divided
-// by the sum are relative to it too.
+// What the softmax of a row has seen: of its keys' scores in the log2 domain a reference, at most 8 below the largest,
+// and the sum of the probabilities relative to it, each 2^8 at most; -inf and 0 for no key. Outputs that have not been
+// divided by the sum are relative to it too.
 struct RowStatistics {
     float reference, sum;
 };

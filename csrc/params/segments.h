@@ -1,5 +1,6 @@
 // How a tile's keys are summed where the bits of a result must not depend on the rest of its batch: as a tree that
-// follows from the number of KV blocks alone. flash_mla/schedule.py is the host twin; tests compare the two.
+// follows from the number of KV blocks and, on GPUs of a model, of query rows. flash_mla/schedule.py is the host twin;
+// tests compare the two.
 //
 // A tile of n blocks has S segments, a power of two; segment i is the blocks i·n/S to (i + 1)·n/S. Each is a softmax of
 // its own, from its first key on. Their results, outputs that have not been divided by their sums (fold.h), are folded
@@ -41,14 +42,20 @@ constexpr int min_segment_blocks(int num_blocks, int rows_per_tile) {
     if (rows_per_tile == kBlockM) return num_blocks >= kDenseLongTile ? kDenseMinSegmentOfLongTile : kDenseMinSegment;
     return rows_per_tile > 16 ? kSwappedMinSegmentOf32Rows : kSwappedMinSegment;
 }
-// log2 of S, the largest with segments that are not too short and, up to 128 of all lanes, a worker for each. With 32
-// rows there are no 32: their chains in registers would have two members only.
+// log2 of S: the most segments that are not too short, doubled as long as there are fewer than 128 for all lanes, which
+// is about one for each CTA. With 32 rows there are no 32: chains of them in registers would have two members, and
+// slots be read and written after every second segment.
 constexpr int segment_bits_of(int num_blocks, int rows_per_tile, int num_lanes) {
     int const min_blocks = min_segment_blocks(num_blocks, rows_per_tile);
     int bits = 0;
-    for (int i = 1; i <= kMaxSegmentBits; ++i) bits += num_blocks >= min_blocks << i && num_lanes << i <= kMaxSegments;
+    for (int i = 0; i < kMaxSegmentBits; ++i)
+        bits += num_blocks >= 2 * min_blocks << i && num_lanes << i < kMaxSegments;
     bool const is_tile_of_32 = rows_per_tile > 16 && rows_per_tile < kBlockM;
     return is_tile_of_32 && bits == 5 ? 4 : bits;
+}
+// The most segments that any tile has.
+constexpr int max_segments(int rows_per_tile, int num_lanes) {
+    return 1 << segment_bits_of(kMaxSegments * kDenseMinSegmentOfLongTile, rows_per_tile, num_lanes);
 }
 constexpr int segment_begin(int segment, int segment_bits, int num_blocks) {
     return int(uint64_t(segment) * uint64_t(num_blocks) >> segment_bits);
@@ -131,9 +138,12 @@ constexpr int levels_with_slots(int num_granules) {
 constexpr int num_level_slots(WorkerGrid const& grid) {
     return grid.num_workers * grid.num_lanes * levels_with_slots(grid.num_granules);
 }
+constexpr int granule_slots_of_tile(WorkerGrid const& grid) {
+    int const most = max_segments(grid.rows_per_tile, grid.num_lanes);
+    return grid.num_granules == 1 ? 0 : grid.num_granules < most ? grid.num_granules : most;
+}
 constexpr int64_t num_slots(WorkerGrid const& grid, int64_t batch_size) {
-    int64_t const granules = grid.num_granules == 1 ? 0 : grid.num_granules;
-    return num_level_slots(grid) + batch_size * grid.tiles_per_request * grid.num_lanes * granules;
+    return num_level_slots(grid) + batch_size * grid.tiles_per_request * grid.num_lanes * granule_slots_of_tile(grid);
 }
 // A slot is vectors of 32 lanes with 4 numbers each, as the decode kernels' threads hold them. Lane l of the dense
 // kernel has row l / 4 of the vector's 8 and columns 2·(l % 4), the next, and 8 more; of the swapped one column l / 4,
@@ -162,7 +172,7 @@ constexpr int64_t invariant_scratch_bytes(WorkerGrid const& grid, int64_t batch_
 
 constexpr int granule_slot(WorkerGrid const& grid, int head_kv_of_batch, int m_tile, int granule) {
     int const m_tiles = grid.lane_groups * grid.num_lanes;
-    return num_level_slots(grid) + (head_kv_of_batch * m_tiles + m_tile) * grid.num_granules + granule;
+    return num_level_slots(grid) + (head_kv_of_batch * m_tiles + m_tile) * granule_slots_of_tile(grid) + granule;
 }
 
 // One kernel, without clusters that share out blocks, for as many query rows, whatever the batch; and the smallest

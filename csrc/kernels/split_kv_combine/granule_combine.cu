@@ -412,10 +412,9 @@ template <typename Element>
 cudaError_t launch_for(DenseDecodeParams const& params, int num_sms, cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    bool const is_swapped = grid.is_swapped();
-    int const items_of_tile = is_swapped ? ItemOf<true>::items_of_tile(grid) : ItemOf<false>::items_of_tile(grid);
-    bool const by_cta = grid.num_workers > 8 * num_tiles && num_tiles * grid.num_lanes * items_of_tile <= 4 * num_sms;
-    if (is_swapped)
+    int64_t const num_vectors = num_tiles * grid.num_lanes * vectors_of_slot(grid.rows_per_tile);
+    bool const by_cta = grid.num_workers > 8 * num_tiles && num_vectors <= 4 * num_sms;
+    if (grid.is_swapped())
         return by_cta ? launch<Element, true, true>(params, num_sms, stream)
                       : launch<Element, true, false>(params, num_sms, stream);
     return by_cta ? launch<Element, false, true>(params, num_sms, stream)

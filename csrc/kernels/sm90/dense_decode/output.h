@@ -210,18 +210,14 @@ private:
             for (int i = 0; i < kVectorsPerPart; ++i) {
                 float4 const x = load_shared(landing + place_of(part, i));
                 int const first = 8 * (part % 2 * kVectorsPerPart + i) + 2 * h;
-                fold_output(outputs[first], x.x, weights);
-                fold_output(outputs[first + 1], x.y, weights);
-                fold_output(outputs[first + 4], x.z, weights);
-                fold_output(outputs[first + 5], x.w, weights);
+                outputs[first] = fold_outputs(x.x, outputs[first], weights);
+                outputs[first + 1] = fold_outputs(x.y, outputs[first + 1], weights);
+                outputs[first + 4] = fold_outputs(x.z, outputs[first + 4], weights);
+                outputs[first + 5] = fold_outputs(x.w, outputs[first + 5], weights);
             }
             if (part + 2 < kNumParts) copy_part(part + 2, slot);
         }
     }
-    __device__ static void fold_output(float& output, float folded, FoldWeights const& weights) {
-        output = fold_outputs(folded, output, weights);
-    }
-
     // Half of one of the two rows of each thread.
     static constexpr int kNumParts = 4, kVectorsPerPart = kNumOutputs / 4 / kNumParts;
     __device__ static constexpr uint32_t place_of(int part, int i) {

@@ -274,7 +274,8 @@ private:
         quads_arrive(shared.barriers.p_ready[at.previous().p_turn()]);
     }
 
-    // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory.
+    // Row statistics of a piece: 1 / sum for the output warpgroups, log-sum-exp to global memory. Of a segment what it
+    // is folded with, and its way.
     __device__ void write_stats(OnlineSoftmax const& softmax) {
         uint32_t const index = shared.pieces.next_scores - 1;
         Piece const& piece = current_piece();

@@ -10,8 +10,6 @@
 
 namespace flash_mla::sm90 {
 
-inline constexpr RowStatistics kNoKey{-INFINITY, 0.f};
-
 // By how much the reference of what comes next is above that of what has been folded so far: infinite where one of them
 // has seen no key, NaN where neither has.
 __device__ inline float next_above_folded(RowStatistics const& folded, RowStatistics const& next) {
@@ -25,10 +23,9 @@ struct FoldWeights {
     float folded, next;
 
     __device__ static FoldWeights of(float next_above_folded) {
-        return {next_above_folded > 0.f ? exp2_approx(-next_above_folded) : 1.f,
-                next_above_folded < 0.f ? exp2_approx(next_above_folded) : 1.f};
+        return {exp2_approx(fminf(-next_above_folded, 0.f)), exp2_approx(fminf(next_above_folded, 0.f))};
     }
-    __device__ bool has_zero() const { return folded == 0.f || next == 0.f; }
+    __device__ float lesser() const { return fminf(folded, next); }
 };
 
 // statistics: those of what has been folded so far, and then of both. A sum that is NaN stays, whatever it weighs.

@@ -1,7 +1,7 @@
 // Where bits do not depend on the batch a CTA goes through the segments that its worker has of a tile, and the value of
-// each goes its way through the tree of segments (segments.h), folded with what waits there: in registers, as far as
-// these suffice, and else in scratch. It does so while the tensor cores compute the scores of the next segment's first
-// block.
+// each goes its way through the tree of segments (segments.h), folded with what waits there. With 16 rows it does so
+// while the tensor cores compute the scores of the next segment's first block, and all waits in registers and shared
+// memory; with 32 rows before that, and what does not fit registers waits in scratch.
 #pragma once
 
 #include "kernels/sm90/primitives/fold.h"
@@ -19,8 +19,8 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
     // The value of a begun chain waits for what follows: at the innermost level whose chains have several members in
     // registers, and at those above with 16 rows in shared memory and in registers again, with 32 rows in slots.
     static constexpr bool kKeepsAll = kRows <= 16;
-    static constexpr int kLevelsKept = kKeepsAll ? kFoldLevels : 1;
-    static constexpr bool kFoldsDuringScores = kRows <= 16;
+    static constexpr bool kFoldsDuringScores = kKeepsAll;             // there are registers for it
+    static constexpr int kTilesAtOnce = kRows <= 16 ? kRowTiles : 1;  // as there are registers for
     static constexpr int kRowsOfTile = 2;  // that a thread has outputs of, of a tile of 8 rows
     struct Statistics {
         RowStatistics row[kRowTiles][kRowsOfTile];
@@ -142,7 +142,7 @@ private:
             if (above > 0 && fold.path.is_begin(fold.segment_bits) && !fold.is_last_of_worker())
                 return keep_above(above, outputs, statistics);
         }
-        this->sync_consumers();  // statistics in slots may still be read
+        if (!kKeepsAll) this->sync_consumers();  // statistics in slots may still be read
         store_in_slot(fold.end_slot(), statistics,
                       [&](int m, int tile) { return this->fragment_of(outputs, m, tile); });
         if constexpr (kKeepsAll) {
@@ -196,27 +196,35 @@ private:
     __device__ static void fold_with(StatisticsAt const& statistics_at, FragmentAt const& fragment_at,
                                      Outputs const& outputs, Statistics& statistics, Outputs& result) {
 #pragma unroll
-        for (int tile = 0; tile < kRowTiles; ++tile) {
-            FoldWeights weights[kRowsOfTile];
-            bool has_zero = false;
+        for (int first = 0; first < kRowTiles; first += kTilesAtOnce) {
+            FoldWeights weights[kTilesAtOnce][kRowsOfTile];
+            float least = 1.f;
 #pragma unroll
-            for (int i = 0; i < kRowsOfTile; ++i) {
-                RowStatistics both = statistics_at(tile, i);
-                weights[i] = fold_statistics(both, statistics.row[tile][i]);
-                has_zero |= weights[i].has_zero();
-                statistics.row[tile][i] = both;
+            for (int j = 0; j < kTilesAtOnce * kRowsOfTile; ++j) {
+                int const tile = j / kRowsOfTile, i = j % kRowsOfTile;
+                RowStatistics both = statistics_at(first + tile, i);
+                weights[tile][i] = fold_statistics(both, statistics.row[first + tile][i]);
+                least = fminf(least, weights[tile][i].lesser());
+                statistics.row[first + tile][i] = both;
             }
-            float4 folded[Traits::kChunksPerGroup];
+            float4 folded[kTilesAtOnce][Traits::kChunksPerGroup];
 #pragma unroll
-            for (int m = 0; m < Traits::kChunksPerGroup; ++m) folded[m] = fragment_at(m, tile);
+            for (int tile = 0; tile < kTilesAtOnce; ++tile) {
+#pragma unroll
+                for (int m = 0; m < Traits::kChunksPerGroup; ++m) folded[tile][m] = fragment_at(m, first + tile);
+            }
             auto const fold_all = [&](auto const& fold_one) {
-                for_each_output([&](int i, int m, int h) {
-                    auto const at = cute::make_coord(i, h, tile);
-                    float const low = i == 0 ? folded[m].x : folded[m].y, high = i == 0 ? folded[m].z : folded[m].w;
-                    result(at, m, 0) = fold_one(h == 0 ? low : high, outputs(at, m, 0), weights[i]);
-                });
+#pragma unroll
+                for (int tile = 0; tile < kTilesAtOnce; ++tile) {
+                    for_each_output([&](int i, int m, int h) {
+                        auto const at = cute::make_coord(i, h, first + tile);
+                        float4 const& x = folded[tile][m];
+                        float const low = i == 0 ? x.x : x.y, high = i == 0 ? x.z : x.w;
+                        result(at, m, 0) = fold_one(h == 0 ? low : high, outputs(at, m, 0), weights[tile][i]);
+                    });
+                }
             };
-            if (__any_sync(~0u, has_zero)) {
+            if (__any_sync(~0u, least == 0.f)) {
                 fold_all(fold_outputs);
             } else {
                 fold_all(fold_weighing_outputs);

@@ -53,9 +53,9 @@
 //                        from every CTA with blocks      next piece
 // clang-format on
 // Where bits do not depend on the batch (Summation::kBySegments) a piece is all segments that a worker has of a tile,
-// and a CTA is alone: it folds them as it goes (segments.h), each while the scores of the next one's first block are
-// computed. It needs more registers for that, so the producer has a warpgroup, which gives its own away
-// (fold_segments.h).
+// and a CTA is alone: it folds them as it goes (fold_segments.h). With 16 rows what waits for that takes the place of
+// what a cluster's CTAs receive, and 16384 bytes more; and registers, of which consumers get 224 each, and the
+// producer's warpgroup keeps 56.
 //
 // Before the kernel before has ended, a CTA finds out with which piece and blocks it will probably begin, and has the
 // blocks brought to the L2; as soon as it has ended, query rows and first block are asked for, and then it is found out
