@@ -76,6 +76,7 @@ private:
             refill_rope(keys_left);
             at.advance();
         }
+        if constexpr (Traits::kSummation == Summation::kBySegments) start_copies();
         shared.barriers.stats_full.wait(piece_count % 2);
         if constexpr (Traits::kSummation == Summation::kBySegments) {
             fold_and_store(outputs);
@@ -145,18 +146,23 @@ private:
 
     __device__ BlockLoader<Traits> loader() const { return {params, maps, shared}; }
 
-    // A segment, on its way through the tree; it may be the only one of its tile. What it is folded with comes by way
-    // of its last block's stage, which goes free later than others therefore.
+    // What a segment is folded with first comes by way of its last block's stage, which goes free later than others
+    // therefore.
+    __device__ void start_copies() const {
+        int const folds = folds_now() & (FoldWay::kStays - 1);
+        if (folds == 0) return;
+        // All warps have multiplied what is there.
+        cutlass::arch::NamedBarrier::sync(128, barrier());
+        copy_first_parts(__ffs(folds) - 1);
+    }
+
+    // A segment, on its way through the tree; it may be the only one of its tile.
     __device__ void fold_and_store(Outputs& outputs) {
-        if (folds_now() & (FoldSteps::kStays - 1)) {
-            // All warps have multiplied what is there.
-            cutlass::arch::NamedBarrier::sync(128, barrier());
 #pragma unroll 1
-            for (int level = 0; level < kFoldLevels; ++level) {
-                if (folds_now() >> level & 1) fold_at(level, outputs);
-            }
+        for (int level = 0; level < kFoldLevels; ++level) {
+            if (folds_now() >> level & 1) fold_at(level, outputs);
         }
-        if (folds_now() & FoldSteps::kStays) {
+        if (folds_now() & FoldWay::kStays) {
             cutlass::arch::fence_view_async_shared();
             __syncwarp();
             if (own_thread() % 32 == 0) shared.barriers.announce_consumed(at.previous().stage(), half());
@@ -169,15 +175,20 @@ private:
     }
     // Read anew each time, as registers are dearer.
     __device__ static int row_now(int h) { return fragment_row(thread_in_warpgroup_now(), h); }
-    __device__ int folds_now() const { return word_for_quad_now(shared_address(shared.fold_steps.folds)); }
+    __device__ uint32_t way_now() const {
+        uint32_t index;
+        asm volatile("and.b32 %0, %1, 1;\n" : "=r"(index) : "r"(piece_count));
+        return shared_address(shared.fold_steps.way) + index * sizeof(FoldWay);
+    }
+    __device__ int folds_now() const { return word_for_quad_now(way_now() + offsetof(FoldWay, folds)); }
     __device__ int slot_now(int level) const {
-        return word_for_quad_now(shared_address(shared.fold_steps.slot[level]));
+        return word_for_quad_now(way_now() + offsetof(FoldWay, slot) + level * sizeof(int));
     }
 
     template <int h>
     __device__ void store_folded(Outputs& outputs) const {
         int const row = row_now(h), slot = slot_now(kFoldLevels);
-        if (slot == FoldSteps::kOut) {
+        if (slot == FoldWay::kOut) {
             float const inverse_sum = __uint_as_float(word_for_quad_now(shared_address(shared.inverse_sum[row])));
             Piece const& piece = piece_now();
             QueryRow const at = query_row(params, piece.place, row);
@@ -189,12 +200,15 @@ private:
         }
     }
 
-    // Folds the outputs with what waits at a level: copied in four parts, two on their way at a time. Each thread reads
-    // what it has copied itself.
-    __device__ void fold_at(int level, Outputs& outputs) const {
+    // Folds the outputs with what waits at a level: copied in four parts, of which two are on their way. Each thread
+    // reads what it has copied itself.
+    __device__ void copy_first_parts(int level) const {
         int const slot = slot_now(level);
         copy_part(0, slot);
         copy_part(1, slot);
+    }
+    __device__ void fold_at(int level, Outputs& outputs) const {
+        if (folds_now() & ((1 << level) - 1)) copy_first_parts(level);  // those of the first level are on their way
 #pragma unroll
         for (int part = 0; part < kNumParts; ++part) {
             int const h = part / 2;
@@ -215,7 +229,7 @@ private:
                 outputs[first + 4] = fold_outputs(x.z, outputs[first + 4], weights);
                 outputs[first + 5] = fold_outputs(x.w, outputs[first + 5], weights);
             }
-            if (part + 2 < kNumParts) copy_part(part + 2, slot);
+            if (part + 2 < kNumParts) copy_part(part + 2, slot_now(level));
         }
     }
     // Half of one of the two rows of each thread.

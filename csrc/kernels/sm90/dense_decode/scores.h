@@ -81,6 +81,9 @@ private:
                     shared.barriers.first_pages.wait(0);
                 }
                 if (blocks_left != 0) refill_rope();
+                if constexpr (Traits::kSummation == Summation::kBySegments) {
+                    if (thread_in_warpgroup_now() == 0) find_way();
+                }
             } else {
                 release_probabilities();
             }
@@ -281,6 +284,7 @@ private:
         Piece const& piece = current_piece();
         int const thread = thread_in_warpgroup_now();
         shared.barriers.stats_empty.wait(index % 2 ^ 1);
+        if constexpr (Traits::kSummation == Summation::kBySegments) sync_warpgroup();  // for the way, of a single block
 #pragma unroll
         for (int h = 0; h < kRowsPerThread; ++h) {
             float const total = softmax.total(h);
@@ -304,28 +308,34 @@ private:
         quads_arrive(shared.barriers.stats_full);
     }
 
+    __device__ FoldWay& own_way() const { return shared.fold_steps.way[(shared.pieces.next_scores - 1) % 2]; }
+    // Of the current piece, by one thread. Who reads the one that was here is done, or scores had not left the piece
+    // before.
+    __device__ void find_way() const {
+        Piece const& piece = current_piece();
+        SegmentFold const fold(params, piece, segment_of(piece),
+                               segment_bits_of(num_blocks_of(piece.seqlen), kBlockM, params.grid.num_lanes));
+        FoldWay& way = own_way();
+        way.folds = fold.path.folds | (fold.is_last_of_worker() ? 0 : FoldWay::kStays);
+        for (int level = 0; level < kFoldLevels; ++level) way.slot[level] = fold.waiting_slot(level);
+        way.slot[kFoldLevels] = fold.path.ends_tile() ? FoldWay::kOut : fold.end_slot();
+    }
+
     // Of one row of a segment, on its way through the tree; also of rows that do not exist, so that all lanes of the
     // output warpgroups go the same way.
     __device__ void fold_statistics_of(Piece const& piece, int row, RowStatistics statistics) const {
-        SegmentFold const fold(params, piece, segment_of(piece),
-                               segment_bits_of(num_blocks_of(piece.seqlen), kBlockM, params.grid.num_lanes));
-        bool const ends_tile = fold.path.ends_tile();
-        int const end_slot = ends_tile ? FoldSteps::kOut : fold.end_slot();
         FoldSteps& steps = shared.fold_steps;
-        if (row == 0) {
-            steps.folds = fold.path.folds | (fold.is_last_of_worker() ? 0 : FoldSteps::kStays);
-            for (int level = 0; level < kFoldLevels; ++level) steps.slot[level] = fold.waiting_slot(level);
-            steps.slot[kFoldLevels] = end_slot;
-        }
+        FoldWay const& way = own_way();
 #pragma unroll 1
         for (int level = 0; level < kFoldLevels; ++level) {
-            if (!fold.path.folds_at(level)) continue;
-            RowStatistics both = load_scratch(slot_statistics(params, fold.waiting_slot(level), row));
+            if (!way.folds_at(level)) continue;
+            RowStatistics both = load_scratch(slot_statistics(params, way.slot[level], row));
             steps.next_above_folded[level][row] = next_above_folded(both, statistics);
             fold_statistics(both, statistics);
             statistics = both;
         }
-        if (!ends_tile) {
+        int const end_slot = way.slot[kFoldLevels];
+        if (end_slot != FoldWay::kOut) {
             *slot_statistics(params, end_slot, row) = statistics;
             return;
         }

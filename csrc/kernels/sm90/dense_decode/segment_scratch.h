@@ -19,13 +19,20 @@ __device__ inline RowStatistics* slot_statistics(DenseDecodeParams const& params
     return params.statistics_partial + (slot * kBlockM + row);
 }
 
-// What the scores warpgroup leaves to the output warpgroups, with the row sums: what to fold the outputs with.
-struct FoldSteps {
+// The way of a segment's outputs.
+struct alignas(32) FoldWay {
     static constexpr int kOut = -1;
     static constexpr int kStays = 1 << kFoldLevels;
 
     int folds;                  // the levels to fold at, a bit each, and kStays: the next segment is of the same tile
     int slot[kFoldLevels + 1];  // by level; the last one is where the result goes, or kOut
+
+    __device__ bool folds_at(int level) const { return folds >> level & 1; }
+};
+// What the scores warpgroup finds out for the output warpgroups: the way with the first block, so that what waits can
+// be on its way before its weights are known, and these with the row sums.
+struct FoldSteps {
+    FoldWay way[2];                                 // segments take turns
     float next_above_folded[kFoldLevels][kBlockM];  // FoldWeights of a row
 };
 struct NoFoldSteps {};
