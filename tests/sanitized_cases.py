@@ -265,7 +265,7 @@ INVARIANT_CASES = [
     ),
     SanitizedCase("invariant, swapped, a segment per worker", [64 * 512 - 3, 100], num_granules=128),
     # Few enough blocks for racecheck.
-    SanitizedCase("invariant, swapped, two segments per worker", [64 * 8 - 3, 0], num_workers=4, num_granules=128),
+    SanitizedCase("invariant, swapped, two segments per worker", [64 * 8 - 3], num_workers=4, num_granules=128),
     # One tile, combined by CTAs.
     *(
         SanitizedCase(

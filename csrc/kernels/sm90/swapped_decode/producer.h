@@ -69,6 +69,9 @@ struct SwappedProducer {
     }
 
 private:
+    // With fewer left, what is asked for first comes later.
+    static constexpr int kBlocksWorthPrefetching = 8;
+
     __device__ void copy_early_rows(bool exists, Piece const& piece) const {
         if (!maps.has_q) return;
         auto& full = shared.barriers.early_rows;
@@ -102,6 +105,9 @@ private:
         int const begin = blocks.begin + num_loaded;
         int page = 0;
         if (begin < blocks.end) page = __ldg(pages + begin);
+        // Until the first stage goes free nothing else is asked of the memory.
+        if (num_loaded == Traits::kNumStages && blocks.end - begin >= kBlocksWorthPrefetching)
+            prefetch_block(page, piece.place.head_kv);
         for (int block = begin; block < blocks.end; ++block) {
             // The next page comes while there is no room for this block.
             int const next_page = block + 1 < blocks.end ? __ldg(pages + block + 1) : 0;
