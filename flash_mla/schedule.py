@@ -226,10 +226,8 @@ def decode_grid(
 def invariant_scratch_bytes(grid: WorkerGrid, batch_size: int) -> int:
     """Slots for what waits at the levels within a granule and for the values of granules."""
     num_ctas = grid.num_workers * grid.num_lanes
-    most = num_segments_of(MAX_SEGMENTS * DENSE_MIN_SEGMENT_OF_LONG_TILE, grid.rows_per_tile, grid.num_lanes)
-    granules = 0 if grid.num_granules == 1 else min(grid.num_granules, most)
     num_slots = num_ctas * levels_with_slots(grid.num_granules)
-    num_slots += batch_size * grid.tiles_per_request * grid.num_lanes * granules
+    num_slots += batch_size * grid.tiles_per_request * grid.num_lanes * granule_slots_of_tile(grid)
     return 4 * num_slots * grid.rows_per_tile * _ROW_FLOATS
 
 
@@ -247,6 +245,17 @@ def num_segments_of(num_blocks: int, rows_per_tile: int, num_lanes: int = 1) -> 
     while segments * num_lanes < MAX_SEGMENTS and num_blocks >= 2 * segments * min_blocks:
         segments *= 2
     return 16 if rows_per_tile == _MORE_ROWS and segments == 32 else segments
+
+
+def max_segments(rows_per_tile: int, num_lanes: int) -> int:
+    """The most segments that any tile has."""
+    return num_segments_of(MAX_SEGMENTS * DENSE_MIN_SEGMENT_OF_LONG_TILE, rows_per_tile, num_lanes)
+
+
+def granule_slots_of_tile(grid: WorkerGrid) -> int:
+    if grid.num_granules == 1:
+        return 0
+    return min(grid.num_granules, max_segments(grid.rows_per_tile, grid.num_lanes))
 
 
 def segment_range(segment: int, num_segments: int, num_blocks: int) -> range:

@@ -194,19 +194,18 @@ class Workers(Generic[Value]):
         def has_waiting(level: int) -> bool:
             return segment.begin <= chain(level) < segment.index // sizes[level] * sizes[level]
 
-        for above in range(level + 1, FOLD_LEVELS):
-            room = room_at(grid, above, segment.num_segments)
-            if not is_last or not room or not has_waiting(above):
-                continue
-            name = tile, chain(above), segment.index // sizes[above] * sizes[above]
-            waiting = self.room.take((room, worker), name, worker)
-            self.slots.put(slot_of(grid, segment, above, chain(above)), waiting, worker)
-            self.ways.add(f"{room} of level {above} left to the combine")
         if is_last or not is_begin:
             self.ways.add(f"{'begin' if is_begin else 'member'} at level {level} left to the combine")
         for above in range(level + 1, FOLD_LEVELS):
-            if is_last and has_waiting(above):
-                self.ways.add(f"begin at level {above} left to the combine")
+            if not is_last or not has_waiting(above):
+                continue
+            self.ways.add(f"begin at level {above} left to the combine")
+            room = room_at(grid, above, segment.num_segments)
+            if room:
+                name = tile, chain(above), segment.index // sizes[above] * sizes[above]
+                waiting = self.room.take((room, worker), name, worker)
+                self.slots.put(slot_of(grid, segment, above, chain(above)), waiting, worker)
+                self.ways.add(f"{room} of level {above} left to the combine")
         # What they hold is lost.
         assert not is_last or not any(place[1] == worker for place in self.room.waiting)
 

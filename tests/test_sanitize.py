@@ -48,7 +48,7 @@ def test_invariant_cases_take_every_way(capacity):
 
 @pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=map(str, CAPACITIES))
 def test_racecheck_follows_the_dense_kernel_and_its_combine(capacity):
-    """Segments of the swapped kernel have more blocks than it has stages."""
+    """Workers of the swapped kernel have more blocks than it has stages, but for one case."""
     followed = [case for case in INVARIANT_CASES if sanitized_cases.is_followed_by_racecheck(case, capacity)]
     assert [case.name for case in followed] == [
         case.name for case in INVARIANT_CASES if not case.grid(capacity).is_swapped or "two segments" in case.name

@@ -34,6 +34,7 @@ from flash_mla.schedule import (
     invariant_grid,
     invariant_scratch_bytes,
     levels_in_granule,
+    max_segments,
     min_segment_blocks,
     num_plan_rows,
     num_segments_of,
@@ -69,7 +70,12 @@ def test_segments_cover_the_blocks_in_order(num_rows, num_lanes):
     for num_blocks in NUM_BLOCKS:
         segments = num_segments_of(num_blocks, num_rows, num_lanes)
         assert segments in NUM_SEGMENTS
-        assert segments == 1 or num_blocks / segments >= min_segment_blocks(num_blocks, num_rows)
+        min_blocks = min_segment_blocks(num_blocks, num_rows)
+        assert segments == 1 or num_blocks / segments >= min_blocks
+        is_most = segments * num_lanes >= MAX_SEGMENTS or num_blocks / (2 * segments) < min_blocks
+        assert is_most or (num_rows, segments) == (32, 16)  # 32 would be left out
+        assert (num_rows, segments) != (32, 32)
+        assert segments <= max_segments(num_rows, num_lanes)
         ranges = [segment_range(i, segments, num_blocks) for i in range(segments)]
         assert (ranges[0].start, ranges[-1].stop) == (0, num_blocks)
         assert all(left.stop == right.start for left, right in itertools.pairwise(ranges))
@@ -82,6 +88,7 @@ def test_longer_tiles_have_no_fewer_segments(num_rows, num_lanes):
     segments = [num_segments_of(num_blocks, num_rows, num_lanes) for num_blocks in sorted(NUM_BLOCKS)]
     assert segments == sorted(segments)
     assert MAX_SEGMENTS <= segments[-1] * num_lanes < 2 * MAX_SEGMENTS
+    assert segments[-1] == max_segments(num_rows, num_lanes)
 
 
 @pytest.mark.parametrize("num_segments", NUM_SEGMENTS)
@@ -139,7 +146,7 @@ using namespace flash_mla;
 int main() {
     for (int num_blocks, num_rows, num_lanes; std::scanf("%d %d %d", &num_blocks, &num_rows, &num_lanes) == 3;) {
         int const bits = segment_bits_of(num_blocks, num_rows, num_lanes);
-        std::printf("%d", 1 << bits);
+        std::printf("%d %d", max_segments(num_rows, num_lanes), 1 << bits);
         for (int i = 0; i <= 1 << bits; ++i) std::printf(" %d", segment_begin(i, bits, num_blocks));
         for (int level = 0; level < kFoldLevels; ++level) std::printf(" %d", 1 << level_bits(level, bits));
         for (int const granules : {128, 16, 4, 1}) {
@@ -156,7 +163,7 @@ def numbers_of(num_blocks: int, num_rows: int, num_lanes: int) -> list[int]:
     """What the program prints."""
     segments = num_segments_of(num_blocks, num_rows, num_lanes)
     begins = [segment_range(i, segments, num_blocks).start for i in range(segments)]
-    numbers = [segments, *begins, num_blocks, *radices_of(segments)]
+    numbers = [max_segments(num_rows, num_lanes), segments, *begins, num_blocks, *radices_of(segments)]
     for granules in NUM_GRANULES:
         numbers += [levels_in_granule(granules), schedule.levels_with_slots(granules)]
         numbers += [segment_at(place, segments, granules) for place in range(MAX_SEGMENTS + 1)]

@@ -4,9 +4,11 @@
 //
 // A tile of n blocks has S segments, a power of two; segment i is the blocks i·n/S to (i + 1)·n/S. Each is a softmax of
 // its own, from its first key on. Their results, outputs that have not been divided by their sums (fold.h), are folded
-// in three levels: chains of r0 segments, chains of r1 such chains, and one of r2 of those; r2 = min(S, 4), r1 = min(S
-// / r2, 4), r0 = S / (r2 · r1). A chain is folded from its first member to its last, so its begin may be folded before
-// the rest is there.
+// in three levels: chains of r0 segments, chains of r1 such chains, and one of r2 of those:
+//
+//   r2 = min(S, 4)    r1 = min(S / r2, 4)    r0 = S / (r2 · r1)
+//
+// A chain is folded from its first member to its last, so its begin may be folded before the rest is there.
 //
 //   S = 32    ((s0 + s1) + (s2 + s3) + (s4 + s5) + (s6 + s7)) + ((s8 + s9) + ...) + (... ) + (... + (s30 + s31))
 //

@@ -200,13 +200,13 @@ private:
         }
     }
 
-    // Folds the outputs with what waits at a level: copied in four parts, of which two are on their way. Each thread
-    // reads what it has copied itself.
     __device__ void copy_first_parts(int level) const {
         int const slot = slot_now(level);
         copy_part(0, slot);
         copy_part(1, slot);
     }
+    // Folds the outputs with what waits at a level: copied in four parts, two on their way at a time. Each thread reads
+    // what it has copied itself.
     __device__ void fold_at(int level, Outputs& outputs) const {
         if (folds_now() & ((1 << level) - 1)) copy_first_parts(level);  // those of the first level are on their way
 #pragma unroll
@@ -232,6 +232,7 @@ private:
             if (part + 2 < kNumParts) copy_part(part + 2, slot_now(level));
         }
     }
+
     // Half of one of the two rows of each thread.
     static constexpr int kNumParts = 4, kVectorsPerPart = kNumOutputs / 4 / kNumParts;
     __device__ static constexpr uint32_t place_of(int part, int i) {

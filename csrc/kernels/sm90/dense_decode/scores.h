@@ -309,8 +309,8 @@ private:
     }
 
     __device__ FoldWay& own_way() const { return shared.fold_steps.way[(shared.pieces.next_scores - 1) % 2]; }
-    // Of the current piece, by one thread. Who reads the one that was here is done, or scores had not left the piece
-    // before.
+    // Of the current piece, by one thread. The outputs are done with the way that was here, of the piece before the one
+    // before: scores have waited for that (stats_empty).
     __device__ void find_way() const {
         Piece const& piece = current_piece();
         SegmentFold const fold(params, piece, segment_of(piece),

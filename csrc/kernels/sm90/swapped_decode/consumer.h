@@ -424,7 +424,7 @@ protected:
         put_statistics();
         sync_consumers();
     }
-    __device__ float2 statistics(int row) const { return statistics_of(shared, row); }
+    __device__ RowStatistics statistics(int row) const { return statistics_of(shared, row); }
 
     // A tile of 8 rows of a chunk of the output, as this thread holds it.
     __device__ static float4 fragment_of(Outputs const& outputs, int chunk_of_group, int tile) {

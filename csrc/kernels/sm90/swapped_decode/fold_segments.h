@@ -19,8 +19,9 @@ struct FoldingConsumer : SwappedConsumer<Traits> {
     // The value of a begun chain waits for what follows: at the innermost level whose chains have several members in
     // registers, and at those above with 16 rows in shared memory and in registers again, with 32 rows in slots.
     static constexpr bool kKeepsAll = kRows <= 16;
-    static constexpr bool kFoldsDuringScores = kKeepsAll;             // there are registers for it
-    static constexpr int kTilesAtOnce = kRows <= 16 ? kRowTiles : 1;  // as there are registers for
+    // As there are registers for.
+    static constexpr bool kFoldsDuringScores = kKeepsAll;
+    static constexpr int kTilesAtOnce = kKeepsAll ? kRowTiles : 1;
     static constexpr int kRowsOfTile = 2;  // that a thread has outputs of, of a tile of 8 rows
     struct Statistics {
         RowStatistics row[kRowTiles][kRowsOfTile];
@@ -172,10 +173,7 @@ private:
 #pragma unroll
         for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
-            for (int i = 0; i < kRowsOfTile; ++i) {
-                float2 const own = this->statistics(row_of(tile, i));
-                statistics.row[tile][i] = {own.x, own.y};
-            }
+            for (int i = 0; i < kRowsOfTile; ++i) statistics.row[tile][i] = this->statistics(row_of(tile, i));
         }
         return statistics;
     }

@@ -143,7 +143,7 @@ private:
             float weight[2];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                float const total = this->statistics(fragment_column(thread, tile) + c).y;
+                float const total = this->statistics(fragment_column(thread, tile) + c).sum;
                 weight[c] = total == 0.f ? 0.f : __fdividef(1.f, total);
             }
 #pragma unroll

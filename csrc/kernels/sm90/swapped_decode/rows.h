@@ -42,14 +42,14 @@ __device__ void store_lse(DenseDecodeParams const& params, Piece const& piece, i
 
 // Reference and sum of a row, as far as this CTA has seen its keys.
 template <typename SharedStorage>
-__device__ float2 statistics_of(SharedStorage const& shared, int row) {
+__device__ RowStatistics statistics_of(SharedStorage const& shared, int row) {
     return {shared.reference[row],
             (shared.row_sum[0][row] + shared.row_sum[1][row]) + (shared.row_sum[2][row] + shared.row_sum[3][row])};
 }
 
 // log2-sum-exp2 of a row with this reference and sum; -inf if it saw no key.
-__device__ inline float log2_sum_of(float2 const& statistics) {
-    return statistics.y == 0.f ? OnlineSoftmax::kMinusInfinity : log2f(statistics.y) + statistics.x;
+__device__ inline float log2_sum_of(RowStatistics const& statistics) {
+    return statistics.sum == 0.f ? OnlineSoftmax::kMinusInfinity : log2f(statistics.sum) + statistics.reference;
 }
 
 // The CTAs of a cluster that have blocks of a piece, the first ones.

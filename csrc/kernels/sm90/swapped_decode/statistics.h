@@ -69,7 +69,8 @@ private:
         int const lane = threadIdx.x % 32, row = lane % kRows;
         uint32_t const barrier = shared_address(shared.barriers.received_statistics);
         uint32_t const to = shared_address(shared.received_statistics[rank][row]);
-        float2 const statistics = statistics_of(shared, row);
+        RowStatistics const own = statistics_of(shared, row);
+        float2 const statistics = {own.reference, own.sum};
 #pragma unroll 4
         for (int target = lane / kRows; target < num_ctas(); target += kLanesPerRow)
             store_remote(remote_address(to, target), statistics, remote_address(barrier, target));
