@@ -47,7 +47,7 @@ NUM_GRANULES = {128: 7, 16: 4, 4: 2, 1: 0}
 _FEW_ROWS, _MORE_ROWS = 16, 32  # per CTA of the swapped kernel
 _ROW_FLOATS = 512 + 2  # of a partial result: out, and what its softmax has seen
 # Sizes of clusters by rows per CTA: merging has to fit their shared memory.
-_SPLIT_CTAS = {_FEW_ROWS: (8, 6, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
+_SPLIT_CTAS = {_FEW_ROWS: (8, 6, 5, 4, 3, 2), _MORE_ROWS: (8, 4, 2)}
 _MAX_SPLIT_CTAS = {_FEW_ROWS: MAX_SPLIT_CTAS, _MORE_ROWS: 8}
 
 
@@ -100,14 +100,15 @@ def capacity_of(device: torch.device) -> ClusterCapacity:
 
 
 def dense_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> WorkerGrid:
-    """Tiles of 64 rows. Lanes share their KV blocks, so a worker has as many as keep the most row tiles in flight."""
+    """Tiles of 64 rows. Lanes share their KV blocks, so a worker has as many as keep the most row tiles in flight, or
+    nearly the most."""
     row_tiles = -(-num_rows_per_head_kv // BLOCK_M)
     num_lanes, best_workers, best_groups = 1, 0, 1
     if row_tiles > 1:
         for lanes in range(2, min(MAX_LANES, row_tiles, num_sms) + 1):
             workers, groups = num_sms // lanes, -(-row_tiles // lanes)
-            # workers / groups >= best_workers / best_groups
-            if workers * best_groups >= best_workers * groups:
+            # workers / groups >= best_workers / best_groups, or up to 1/32 less for pairs
+            if 32 * workers * best_groups >= (31 if lanes % 2 == 0 else 32) * best_workers * groups:
                 num_lanes, best_workers, best_groups = lanes, workers, groups
     groups = -(-row_tiles // num_lanes)
     return WorkerGrid(
@@ -425,10 +426,12 @@ def _even_boundaries(workers: Tensor, num_blocks: Tensor, grid: WorkerGrid) -> t
     is_short = blocks_of_tile <= longest_whole
     worker_of_tile = workers - tile * workers_per_tile
     if grid.is_invariant:
-        # A short tile belongs to its first worker, and behind the last tile there is nothing to divide.
-        part = torch.where(is_short & (worker_of_tile > 0), workers_per_tile, worker_of_tile)
-        part = torch.where(tile == num_tiles, 0, part)
-        return _nearest_granule(tile, part, torch.full_like(part, workers_per_tile), num_blocks, grid)
+        # As many granules for each worker as the busiest must have: the first ones have work, and most of them whole
+        # chains. Behind the last tile there is nothing to divide.
+        num_granules = _num_granules(blocks_of_tile, grid)
+        share = (num_granules + workers_per_tile - 1) // workers_per_tile
+        granule = worker_of_tile * torch.where(is_short, num_granules, share)
+        return _granule_begin(tile, torch.where(tile == num_tiles, 0, granule), num_granules)
     piece = ((blocks_of_tile + workers_per_tile - 1) // workers_per_tile).clamp(min=least_part)
     piece = torch.where(is_short, blocks_of_tile, piece)
     block = worker_of_tile * piece
@@ -447,16 +450,22 @@ def _even_cuts(total_blocks: Tensor, grid: WorkerGrid) -> tuple[Tensor, Tensor]:
     return torch.where(is_few, 1, least_part), torch.where(is_few, DENSE_WHOLE_TILE_OF_FEW, 2 * least_part - 1)
 
 
+def _num_granules(num_blocks: Tensor, grid: WorkerGrid) -> Tensor:
+    segments = [num_segments_of(count, grid.rows_per_tile, grid.num_lanes) for count in num_blocks.tolist()]
+    return torch.tensor(segments, dtype=torch.int64).clamp(max=grid.num_granules)
+
+
+def _granule_begin(tile: Tensor, granule: Tensor, num_granules: Tensor) -> tuple[Tensor, Tensor]:
+    """The tile and the place in it, in 128ths, where a granule begins; behind the last one that is the next tile."""
+    is_behind_tile = granule >= num_granules
+    place = torch.where(is_behind_tile, 0, granule * (MAX_SEGMENTS // num_granules))
+    return tile + is_behind_tile.to(torch.int64), place
+
+
 def _nearest_granule(
     tile: Tensor, part: Tensor, whole: Tensor, num_blocks: Tensor, grid: WorkerGrid
 ) -> tuple[Tensor, Tensor]:
-    """The boundary between granules that is nearest to part / whole of a tile: the tile and the place in it, in 128ths.
-    The end of a tile is the begin of the next."""
-    blocks = num_blocks[tile.div(grid.tiles_per_request, rounding_mode="floor")]
-    segments = [num_segments_of(count, grid.rows_per_tile, grid.num_lanes) for count in blocks.tolist()]
-    num_granules = torch.tensor(segments, dtype=torch.int64).clamp(max=grid.num_granules)
+    """The boundary between granules that is nearest to part / whole of a tile."""
+    num_granules = _num_granules(num_blocks[tile.div(grid.tiles_per_request, rounding_mode="floor")], grid)
     granule = torch.where(whole > 0, (2 * part * num_granules + whole) // (2 * whole).clamp(min=1), 0)
-    is_behind_tile = granule >= num_granules
-    return tile + is_behind_tile.to(torch.int64), torch.where(
-        is_behind_tile, 0, granule * (MAX_SEGMENTS // num_granules)
-    )
+    return _granule_begin(tile, granule, num_granules)

@@ -19,7 +19,7 @@ import torch
 from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
 from plans import plan_for_few_workers
 from reference import assert_close, reference
-from segments import combines_by_cta, fold_by_workers, num_blocks_of, walk
+from segments import fold_by_workers, items_in_turn, num_blocks_of, walk
 from torch import Tensor
 
 import flash_mla  # noqa: F401
@@ -157,7 +157,7 @@ SWAPPED_CASES = [
     SanitizedCase("swapped, longer than planned", [64 * 40, 100], num_workers=3, planned_lengths=[10, 64 * 300]),
     *(
         SanitizedCase(f"clusters of {size}", [500, 64, 100], num_workers=2, split_ctas=size)
-        for size in (16, 8, 6, 4, 3, 2, 1)
+        for size in (16, 8, 6, 5, 4, 3, 2, 1)
     ),
     *(
         SanitizedCase(
@@ -172,7 +172,7 @@ SWAPPED_CASES = [
     # No more blocks per CTA than stages: racecheck can follow these.
     *(
         SanitizedCase(f"as many blocks as stages, clusters of {size}", [128 * size - 12, 64, 30], split_ctas=size)
-        for size in (16, 8, 6, 4, 3, 2, 1)
+        for size in (16, 8, 6, 5, 4, 3, 2, 1)
     ),
     *(
         SanitizedCase(
@@ -308,25 +308,15 @@ def _invariant_ways(kernel: str, num_granules: int) -> set[str]:
     return ways
 
 
-def _combine_ways(kernel: str, how: str) -> set[str]:
-    ways = {f"combine at level {level}" for level in range(schedule.FOLD_LEVELS)}
-    ways |= {f"several members of level {level} at once" for level in range(1, schedule.FOLD_LEVELS)}
-    # For a warp of a CTA a chain has so many in tiles of 128 segments, in the dense kernel very long ones.
-    if kernel == "swapped" or how == "by warps":
-        ways.add("more values than loads at once")
-    return ways
-
-
 INVARIANT_ROUTES = {
     f"{kernel}, at most {num_granules} granules: {way}"
     for kernel in ("dense", "swapped, 16 rows", "swapped, 32 rows")
     for num_granules in schedule.NUM_GRANULES
     for way in _invariant_ways(kernel, num_granules)
 } | {
-    f"{kernel}, {how}: {way}"
+    f"{kernel}, combine of {size} granules, items in turn"
     for kernel in ("dense", "swapped")
-    for how in ("by warps", "by a CTA")
-    for way in _combine_ways(kernel, how)
+    for size in ("small", "large")
 }
 
 
@@ -340,13 +330,13 @@ def plan_rows(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) 
 def invariant_routes_of(case: SanitizedCase, capacity: ClusterCapacity) -> set[str]:
     grid = case.grid(capacity)
     rows, lengths = plan_rows(case, grid, capacity), case.all_lengths(capacity)
-    by_cta = combines_by_cta(grid, len(lengths), capacity.num_sms)
-    _, ways = fold_by_workers(rows, lengths, grid, lambda segment: "", lambda folded, following: "", by_cta)
-    of_combine = {way for way in ways if way.startswith("by ")}
-    kernel = "swapped" if grid.is_swapped else "dense"
+    _, ways = fold_by_workers(rows, lengths, grid, lambda segment: "", lambda folded, following: "")
     with_rows = f"swapped, {grid.rows_per_tile} rows" if grid.is_swapped else "dense"
-    routes = {f"{with_rows}, at most {grid.num_granules} granules: {way}" for way in ways - of_combine}
-    return routes | {f"{kernel}, {way}" for way in of_combine}
+    routes = {f"{with_rows}, at most {grid.num_granules} granules: {way}" for way in ways}
+    if any("combine at" in way for way in ways) and items_in_turn(grid, len(lengths), capacity.num_sms):
+        size = "small" if grid.num_granules == schedule.MAX_SEGMENTS else "large"
+        routes.add(f"{'swapped' if grid.is_swapped else 'dense'}, combine of {size} granules, items in turn")
+    return routes
 
 
 # The ways through a kernel. A tile is the query rows of one or several lanes, a piece what a worker has of it.
@@ -387,7 +377,7 @@ _DENSE = {
     "query rows that no tensor map describes",
 }
 _SWAPPED = {
-    *(f"16 rows, clusters of {size}" for size in (8, 6, 4, 3, 2, 1)),
+    *(f"16 rows, clusters of {size}" for size in (8, 6, 5, 4, 3, 2, 1)),
     *(f"32 rows, clusters of {size}" for size in (8, 4, 2, 1)),
     *(f"{rows} rows, {way}" for rows in (16, 32) for way in ("several pieces with keys", "part of a tile", "causal")),
     "CTA of a cluster without blocks",

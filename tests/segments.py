@@ -20,9 +20,6 @@ from flash_mla.schedule import (
     segment_at,
 )
 
-# Values that a warp loads, in granule_combine.cu.
-LOADS_AT_ONCE = 4
-
 Value = TypeVar("Value")
 Tile = tuple[int, int]  # request, and tile of it
 
@@ -211,7 +208,7 @@ class Workers(Generic[Value]):
 
 
 def cut_tiles(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: WorkerGrid) -> dict[Tile, set[int]]:
-    """The segments at which workers begin within tiles, as list_cut_tiles of granule_combine.cu finds them."""
+    """The segments at which workers begin within tiles, as find_cuts of granule_combine.cu finds them."""
     begins = []
     for batch, tile, place, *_ in rows[: grid.num_workers]:
         if place <= 0 or batch >= len(lengths) or tile >= grid.tiles_per_request:
@@ -238,14 +235,11 @@ def cut_tiles(rows: Sequence[Sequence[int]], lengths: Sequence[int], grid: Worke
 
 
 class Run(NamedTuple):
-    """A value in scratch, as in granule_combine.cu: members of a chain of some level, folded."""
+    """What is left of an innermost chain, as in cut_tiles.h: of a part of it, of all of it, or of several chains."""
 
-    level: int
-    first_member: int
-    last_member: int
     first_segment: int
-    num_values: int  # of which it is to be folded; 0: it is part of another
-    second_value_segment: int
+    num_values: int  # to be folded; 0: what there is of the chain is part of another's value
+    second_value_segment: int  # from there on a value is a segment
 
     def segment_of(self, value: int) -> int:
         return self.first_segment if value == 0 else self.second_value_segment + value - 1
@@ -258,33 +252,24 @@ def any_in(cuts: AbstractSet[int], first: int, last: int) -> bool:
 def run_of(chain: int, num_segments: int, cuts: AbstractSet[int]) -> Run:
     """What comes of the innermost chain with this number, and of those that one worker has folded with it."""
     size, radix, _ = radices_of(num_segments)
-    begin, outer = chain * size, chain // radix
-    member = chain - outer * radix
+    begin, outer_begin = chain * size, chain // radix * radix * size
     if any_in(cuts, begin, begin + size - 1):
         second = begin + 1
         while not any_in(cuts, begin, second):
             second += 1
-        return Run(1, member, member, begin, 1 + begin + size - second, second)
-    if member > 0:
-        return Run(1, member, member, begin, int(any_in(cuts, outer * radix * size, begin)), 0)
-    members = 1
-    while members < radix and not any_in(cuts, begin, begin + (members + 1) * size - 1):
-        members += 1
-    if members < radix:
-        return Run(1, 0, members - 1, begin, 1, 0)
-    if outer > 0:
-        return Run(2, outer, outer, begin, int(any_in(cuts, 0, begin)), 0)
-    last = 0
-    while not any_in(cuts, 0, (last + 2) * radix * size - 1):
-        last += 1
-    return Run(2, 0, last, begin, 1, 0)
+        return Run(begin, 1 + begin + size - second, second)
+    if begin > outer_begin:
+        return Run(begin, int(any_in(cuts, outer_begin, begin)), 0)
+    if begin > 0 and not any_in(cuts, begin, begin + radix * size - 1):
+        return Run(begin, int(any_in(cuts, 0, begin)), 0)
+    return Run(begin, 1, 0)
 
 
-def combines_by_cta(grid: WorkerGrid, batch_size: int, num_sms: int) -> bool:
-    """As launch_for of granule_combine.cu chooses it."""
-    num_tiles = batch_size * grid.tiles_per_request
-    num_vectors = num_tiles * grid.num_lanes * grid.rows_per_tile * 512 // 128
-    return grid.num_workers > 8 * num_tiles and num_vectors <= 4 * num_sms
+def items_in_turn(grid: WorkerGrid, batch_size: int, num_sms: int) -> bool:
+    """Whether a CTA of the combine takes several items of a tile, as launch of granule_combine.cu divides them."""
+    vectors_at_once, ctas_per_sm = (1, 2) if grid.num_granules == MAX_SEGMENTS else (4, 5)
+    num_items = grid.num_lanes * grid.rows_per_tile * 512 // 128 // vectors_at_once
+    return ctas_per_sm * num_sms // (batch_size * grid.tiles_per_request) < num_items
 
 
 def combine(
@@ -294,63 +279,46 @@ def combine(
     grid: WorkerGrid,
     slots: Places[Value],
     fold: Callable[[Folded[Value], Folded[Value]], Folded[Value]],
-    by_cta: bool,
 ) -> tuple[Folded[Value], set[str]]:
     """The result of a tile that is cut, as granule_combine_kernel makes it, and the ways that were taken."""
     size, radix, _ = radices_of(num_segments)
-    how = "by a CTA" if by_cta else "by warps"
     ways: set[str] = set()
     runs = [run_of(chain, num_segments, cuts) for chain in range(num_segments // size)]
-    for run in runs:
-        if run.num_values > 0 and run.last_member > run.first_member:
-            ways.add(f"several members of level {run.level} at once")
-    largest = max(run.num_values for run in runs) if by_cta else sum(run.num_values for run in runs)
+    # The kernel has room for so many of an outer chain.
+    most = 32 if grid.num_granules == MAX_SEGMENTS else 4
+    for first in range(0, len(runs), radix):
+        assert sum(run.num_values for run in runs[first : first + radix]) <= most
 
-    def load(run: Run, value: int) -> Folded[Value]:
-        first = run.segment_of(value)
-        end = run.second_value_segment + value
-        if run.num_values == 1:
-            member_size = size if run.level == 1 else size * radix
-            end = run.first_segment + (run.last_member - run.first_member + 1) * member_size
-        return slots.take(granule_slot(grid, tile, first, num_segments), (tile, first, end))
-
-    def fold_at(level: int, folded: Folded[Value] | None, following: Folded[Value]) -> Folded[Value]:
-        if folded is None:
-            return following
-        ways.add(f"combine at level {level}")
-        return fold(folded, following)
+    def values_of(chain: int) -> Iterator[Folded[Value]]:
+        run = runs[chain]
+        for i in range(run.num_values):
+            first = run.segment_of(i)
+            end = run.segment_of(i + 1) if i > 0 else run.second_value_segment
+            if run.num_values == 1:
+                # Up to the next value.
+                end = next((later.first_segment for later in runs[chain + 1 :] if later.num_values > 0), num_segments)
+                for level, member in ((1, size), (2, size * radix)):
+                    if member < end - first and (level == 2 or end - first < size * radix):
+                        ways.add(f"several members of level {level} at once")
+            yield slots.take(granule_slot(grid, tile, first, num_segments), (tile, first, end))
 
     def fold_chain(level: int, values: Iterable[Folded[Value]]) -> Folded[Value] | None:
         folded = None
         for value in values:
-            folded = fold_at(level, folded, value)
+            if folded is not None:
+                ways.add(f"combine at level {level}")
+            folded = value if folded is None else fold(folded, value)
         return folded
 
-    whole: Folded[Value] | None
-    if by_cta:
-        # A warp for each, then for each outer chain; these where one has a run.
-        values = [fold_chain(0, (load(run, i) for i in range(run.num_values))) for run in runs]
-        outer_chains = [
-            fold_chain(1, (value for value in values[i : i + radix] if value is not None))
-            for i in range(0, len(values), radix)
-        ]
-        assert outer_chains[0] is not None
-        whole = fold_chain(2, (value for value in outer_chains if value is not None))
-    else:
-        whole = outer_chain = None
-        for run in runs:
-            value = fold_chain(0, (load(run, i) for i in range(run.num_values)))
-            if value is None:
-                continue
-            if run.level == 1:
-                value = outer_chain = fold_at(1, outer_chain if run.first_member > 0 else None, value)
-                if run.last_member < radix - 1:
-                    continue
-            whole = fold_at(2, whole, value)
+    def existing(values: Iterable[Folded[Value] | None]) -> list[Folded[Value]]:
+        return [value for value in values if value is not None]
+
+    # A warp for each outer chain.
+    chains = [fold_chain(0, values_of(chain)) for chain in range(len(runs))]
+    outer_chains = [fold_chain(1, existing(chains[i : i + radix])) for i in range(0, len(chains), radix)]
+    assert outer_chains[0] is not None
+    whole = fold_chain(2, existing(outer_chains))
     assert whole is not None and whole.name == (tile, 0, num_segments)
-    ways |= {f"{how}: {way}" for way in ways}
-    if largest > LOADS_AT_ONCE:
-        ways.add(f"{how}: more values than loads at once")
     return whole, ways
 
 
@@ -360,12 +328,8 @@ def fold_by_workers(
     grid: WorkerGrid,
     value_of: Callable[[Segment], Value],
     fold: Callable[[Value, Value], Value],
-    by_cta: bool,
 ) -> tuple[dict[Tile, Value], set[str]]:
     """The results of all tiles of a plan, through what workers have room for, slots and the combine.
-
-    Args:
-        by_cta: how the combine folds, see combines_by_cta.
 
     Returns:
         Results by request and tile, and the ways that were taken.
@@ -384,7 +348,7 @@ def fold_by_workers(
     for tile, cuts in (cut_tiles(rows, lengths, grid) if grid.num_granules > 1 else {}).items():
         assert tile not in results
         num_segments = num_segments_of_tile(lengths[tile[0]], grid)
-        folded, ways_of_tile = combine(tile, num_segments, cuts, grid, workers.slots, fold_neighbours, by_cta)
+        folded, ways_of_tile = combine(tile, num_segments, cuts, grid, workers.slots, fold_neighbours)
         results[tile] = folded.value
         ways |= ways_of_tile
     assert not workers.slots.waiting and not workers.room.waiting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import shutil
 import subprocess
 from collections import Counter
@@ -15,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CAPACITIES, UNUSUAL_CLUSTERS
-from segments import any_in, fold_by_workers, member_sizes, num_blocks_of, num_segments_of_tile, run_of, tree_of, walk
+from segments import fold_by_workers, member_sizes, num_blocks_of, num_segments_of_tile, run_of, tree_of, walk
 
 from flash_mla import schedule
 from flash_mla.schedule import (
@@ -230,27 +229,21 @@ def test_paths_are_the_same_on_host_and_device(tmp_path):
 
 
 RUN_PROGRAM = """
-#include <algorithm>
 #include <cstdio>
-#include "params/segments.h"
 #define __host__
 #define __device__
-using std::max, std::min;
+#include "kernels/split_kv_combine/cut_tiles.h"
 using namespace flash_mla;
-%s
 int main() {
-    for (int bits, count; std::scanf("%%d %%d", &bits, &count) == 2;) {
+    for (int bits, count; std::scanf("%d %d", &bits, &count) == 2;) {
         CutTile tile{0, 0, bits, {}};
-        for (int cut; count > 0 && std::scanf("%%d", &cut) == 1; --count) tile.cuts.word[cut / 32] |= 1u << cut %% 32;
+        for (int cut; count > 0 && std::scanf("%d", &cut) == 1; --count) tile.cuts.word[cut / 32] |= 1u << cut % 32;
         int const chains = 1 << (bits - level_bits(0, bits)), segments = 1 << bits;
         for (int chain = 0; chain < chains; ++chain) {
             Run const run(chain, tile);
-            std::printf("%%d %%d %%d %%d %%d %%d ", run.level, run.first_member, run.last_member, run.first_segment,
-                        run.num_values, run.second_value_segment);
+            std::printf("%d %d %d ", run.first_segment, run.num_values, run.second_value_segment);
         }
-        for (int first = 0; first < segments; first += 3) {
-            for (int last = first; last < segments; last += 5) std::printf("%%d ", tile.cuts.any_in(first, last));
-        }
+        for (int segment = 0; segment <= segments; ++segment) std::printf("%d ", tile.cuts.any_before(segment));
         std::printf("\\n");
     }
 }
@@ -259,9 +252,6 @@ int main() {
 
 @NEEDS_COMPILER
 def test_runs_are_those_of_the_combine(tmp_path):
-    source = (CSRC / "kernels/split_kv_combine/granule_combine.cu").read_text()
-    found = [re.search(rf"^struct {name} \{{\n.*?^\}};\n", source, re.M | re.S) for name in ("Cuts", "CutTile", "Run")]
-    structs = "".join(match[0] for match in found if match)
     cases = [(num_segments, {cut}) for num_segments in NUM_SEGMENTS for cut in range(1, num_segments)]
     cases += [(32, set(cuts)) for cuts in itertools.combinations(range(1, 32), 2)]
     generator = torch.Generator().manual_seed(1)
@@ -272,14 +262,10 @@ def test_runs_are_those_of_the_combine(tmp_path):
     given_cases = "\n".join(
         " ".join(map(str, (num_segments.bit_length() - 1, len(cuts), *cuts))) for num_segments, cuts in cases
     )
-    for (num_segments, cuts), line in zip(cases, output_of(RUN_PROGRAM % structs, tmp_path, given_cases), strict=True):
+    for (num_segments, cuts), line in zip(cases, output_of(RUN_PROGRAM, tmp_path, given_cases), strict=True):
         chains = range(num_segments // radices_of(num_segments)[0])
         expected = [number for chain in chains for number in run_of(chain, num_segments, cuts)]
-        expected += [
-            int(any_in(cuts, first, last))
-            for first in range(0, num_segments, 3)
-            for last in range(first, num_segments, 5)
-        ]
+        expected += [int(any(cut < segment for cut in cuts)) for segment in range(num_segments + 1)]
         assert line == expected, (num_segments, cuts)
 
 
@@ -361,13 +347,12 @@ def test_plan_for_other_lengths_covers_every_segment_once(planned, lengths, num_
 
 
 def check_sums(rows: list[list[int]], lengths: list[int], grid: WorkerGrid) -> None:
-    """All results are the trees, whichever way they are combined."""
+    """All results are the trees."""
     trees = {segments: tree_of([str(i) for i in range(segments)], in_order) for segments in NUM_SEGMENTS}
-    for by_cta in (False, True):
-        results, _ = fold_by_workers(rows, lengths, grid, lambda s: str(s.index), in_order, by_cta)
-        assert results.keys() == set(itertools.product(range(len(lengths)), range(grid.tiles_per_request)))
-        for (batch, _), result in results.items():
-            assert result == trees[num_segments_of_tile(lengths[batch], grid)]
+    results, _ = fold_by_workers(rows, lengths, grid, lambda s: str(s.index), in_order)
+    assert results.keys() == set(itertools.product(range(len(lengths)), range(grid.tiles_per_request)))
+    for (batch, _), result in results.items():
+        assert result == trees[num_segments_of_tile(lengths[batch], grid)]
 
 
 def grid_of(batch_size: int, num_rows: int, num_granules: int, num_workers: int) -> WorkerGrid:
@@ -485,7 +470,7 @@ def test_folded_segments_are_the_attention_over_all_keys(num_segments, num_granu
         return powers @ values[blocks.start : blocks.stop], reference, powers.sum()
 
     rows = divide_work(torch.tensor(lengths, dtype=torch.int32), grid, 7)[0].tolist()
-    results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials, by_cta=False)
+    results, _ = fold_by_workers(rows, lengths, grid, value_of, fold_partials)
     out, reference, total = results[0, 0]
     torch.testing.assert_close(out / total, scores.softmax(0) @ values)
     torch.testing.assert_close((torch.log2(total) + reference) * math.log(2.0), scores.logsumexp(0))

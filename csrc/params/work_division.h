@@ -74,7 +74,7 @@ constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
 }
 
 // Tiles of 64 rows. Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling
-// SMs.
+// SMs, or one in 32 of them.
 constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
     int const m_tiles = ceil_div(num_rows_per_head_kv, kBlockM);
     int best = 1;
@@ -82,7 +82,8 @@ constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int 
         long best_workers = 0, best_groups = 1;
         for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes <= num_sms; ++lanes) {
             long const workers = num_sms / lanes, groups = ceil_div(m_tiles, lanes);
-            if (workers * best_groups >= best_workers * groups) {
+            int const enough = lanes % 2 == 0 ? 31 : 32;  // pairs load KV once
+            if (32 * workers * best_groups >= enough * best_workers * groups) {
                 best = lanes, best_workers = workers, best_groups = groups;
             }
         }
@@ -114,9 +115,9 @@ constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
     int split_ctas = 1;
-    constexpr int kSizes[] = {2, 3, 4, 6, 8};
+    constexpr int kSizes[] = {2, 3, 4, 5, 6, 8};
     for (int const size : kSizes) {
-        bool const is_possible = size % 3 != 0 || rows_per_tile == 16;
+        bool const is_possible = (size & (size - 1)) == 0 || rows_per_tile == 16;
         if (is_possible && capacity.num_clusters[size] >= num_requests) split_ctas = size;
     }
     auto const even_ctas = [&](int size) { return capacity.num_clusters[size] / num_requests * num_requests * size; };

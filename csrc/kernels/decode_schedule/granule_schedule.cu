@@ -19,26 +19,35 @@ __global__ void __launch_bounds__(kThreads, 1) granule_schedule_kernel(DecodeSch
 
     auto tile_cost_of = [&](int batch) { return (start[batch + 1] - start[batch]) / grid.tiles_per_request; };
     auto num_blocks_in = [&](int batch) { return int(tile_cost_of(batch)) - grid.split_overhead_blocks; };
-    // The boundary between granules that is nearest to part / whole of the tile.
-    auto place_near = [&](int64_t tile, int64_t part, int64_t whole) -> Boundary {
-        int batch = int(tile / grid.tiles_per_request);
+    auto granule_bits_in = [&](int batch) {
         int const segment_bits = segment_bits_of(num_blocks_in(batch), grid.rows_per_tile, grid.num_lanes);
-        int const granule_bits = granule_bits_of(grid.num_granules, segment_bits);
-        int64_t const granule = whole > 0 ? ((part << (granule_bits + 1)) + whole) / (2 * whole) : 0;
+        return granule_bits_of(grid.num_granules, segment_bits);
+    };
+    // Where a granule of the tile begins; behind its last one, the next tile.
+    auto place_of = [&](int64_t tile, int64_t granule, int granule_bits) -> Boundary {
         bool const is_behind_tile = granule >> granule_bits;
         tile += is_behind_tile;
-        batch = int(tile / grid.tiles_per_request);
+        int const batch = int(tile / grid.tiles_per_request);
         return {batch, int(tile - int64_t(batch) * grid.tiles_per_request),
                 is_behind_tile ? 0 : int(granule << kMaxSegmentBits >> granule_bits)};
+    };
+    // The boundary between granules that is nearest to part / whole of the tile.
+    auto place_near = [&](int64_t tile, int64_t part, int64_t whole) -> Boundary {
+        int const granule_bits = granule_bits_in(int(tile / grid.tiles_per_request));
+        int64_t const granule = whole > 0 ? ((part << (granule_bits + 1)) + whole) / (2 * whole) : 0;
+        return place_of(tile, granule, granule_bits);
     };
     auto even_boundary = [&](int w) -> Boundary {
         int64_t const tile = workers_per_tile == 0 ? w * num_tiles / grid.num_workers : w / workers_per_tile;
         if (tile >= num_tiles) return {batch_size, 0, 0};
-        if (workers_per_tile == 0) return place_near(tile, 0, 1);
-        int const num_blocks = num_blocks_in(int(tile / grid.tiles_per_request));
-        bool const is_short = num_blocks <= grid.split_overhead_blocks + grid.min_blocks_per_split;
-        int64_t const worker_of_tile = w - tile * workers_per_tile;
-        return is_short ? place_near(tile, worker_of_tile > 0, 1) : place_near(tile, worker_of_tile, workers_per_tile);
+        if (workers_per_tile == 0) return place_of(tile, 0, 0);
+        int const batch = int(tile / grid.tiles_per_request), granule_bits = granule_bits_in(batch);
+        bool const is_short = num_blocks_in(batch) <= grid.split_overhead_blocks + grid.min_blocks_per_split;
+        // As many granules for each worker as the busiest must have: the first ones have work, and most of them whole
+        // chains.
+        int64_t const num_granules = int64_t(1) << granule_bits;
+        int64_t const share = is_short ? num_granules : (num_granules + workers_per_tile - 1) / workers_per_tile;
+        return place_of(tile, min((w - tile * workers_per_tile) * share, num_granules), granule_bits);
     };
     auto cost_before = [&](Boundary const& at) {
         if (at.batch == batch_size) return total;
