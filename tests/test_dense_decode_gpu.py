@@ -34,7 +34,18 @@ HEADS = [(q, kv) for q in (1, 3, 9, 16, 63, 64, 126, 128) for kv in (1, 2, 3) if
 
 # Query heads, and batch sizes with their longest requests, for both kernels and clusters of all sizes.
 NUM_HEADS = (8, 16, 32, 48, 64, 96, 128)
-BATCHES = ((1, 40_000), (2, 20_000), (3, 20_000), (16, 3000), (20, 3000), (32, 2000), (40, 1500), (70, 900), (140, 700))
+BATCHES = (
+    (1, 40_000),
+    (2, 20_000),
+    (3, 20_000),
+    (16, 3000),
+    (20, 3000),
+    (24, 2500),
+    (32, 2000),
+    (40, 1500),
+    (70, 900),
+    (140, 700),
+)
 
 MAX_REPORTED = 20
 

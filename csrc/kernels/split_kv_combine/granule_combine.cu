@@ -5,8 +5,7 @@
 // rows. A CTA has one at a time, with a warp for each outer chain.
 //
 // All that a warp needs comes to shared memory by asynchronous copies, statistics first. From these it makes the
-// weights of all folds, a lane for each row and innermost chain, while numbers are on their way. Code is short:
-// instructions come from memory too, and after a decode from far away.
+// weights of all folds, a lane for each row and innermost chain, while numbers are on their way.
 #include "kernels/split_kv_combine/granule_combine.h"
 
 #include <algorithm>
@@ -88,7 +87,7 @@ struct Shared {
     OfWarp warp[kMaxOuterChains];
     Values<kMaxOuterChains, Share::kVectors> outer_chains;
     bool exists[kMaxOuterChains];
-    CutTile tile;
+    alignas(16) CutTile tile;  // loads of which should not touch what stands before it
 };
 
 template <typename Element, int kRowsPerTile, typename Share>
