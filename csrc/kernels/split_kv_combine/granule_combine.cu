@@ -191,6 +191,7 @@ struct Item {
             }
         }
         begin[kMaxInnerChains] = count;
+        __syncwarp();
         RowStatistics outer = inner[0];
 #pragma unroll
         for (int i = 1; i < kMaxInnerChains; ++i) {
