@@ -109,7 +109,9 @@ def dense_grid(num_rows_per_head_kv: int, num_heads_kv: int, num_sms: int) -> Wo
             workers, groups = num_sms // lanes, -(-row_tiles // lanes)
             # workers / groups >= best_workers / best_groups, or up to 1/32 less for pairs
             if 32 * workers * best_groups >= (31 if lanes % 2 == 0 else 32) * best_workers * groups:
-                num_lanes, best_workers, best_groups = lanes, workers, groups
+                num_lanes = lanes
+            if workers * best_groups > best_workers * groups:
+                best_workers, best_groups = workers, groups
     groups = -(-row_tiles // num_lanes)
     return WorkerGrid(
         num_lanes=num_lanes,

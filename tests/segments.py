@@ -20,6 +20,9 @@ from flash_mla.schedule import (
     segment_at,
 )
 
+# Of granule_combine.cu: vectors that a CTA takes at once, and CTAs that an SM has room for.
+FINE_SHARE, COARSE_SHARE = (1, 3), (4, 5)
+
 Value = TypeVar("Value")
 Tile = tuple[int, int]  # request, and tile of it
 
@@ -267,7 +270,7 @@ def run_of(chain: int, num_segments: int, cuts: AbstractSet[int]) -> Run:
 
 def items_in_turn(grid: WorkerGrid, batch_size: int, num_sms: int) -> bool:
     """Whether a CTA of the combine takes several items of a tile, as launch of granule_combine.cu divides them."""
-    vectors_at_once, ctas_per_sm = (1, 2) if grid.num_granules == MAX_SEGMENTS else (4, 5)
+    vectors_at_once, ctas_per_sm = FINE_SHARE if grid.num_granules == MAX_SEGMENTS else COARSE_SHARE
     num_items = grid.num_lanes * grid.rows_per_tile * 512 // 128 // vectors_at_once
     return ctas_per_sm * num_sms // (batch_size * grid.tiles_per_request) < num_items
 

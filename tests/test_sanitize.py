@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sanitized_cases
+import segments
 import torch
 from plans import CAPACITIES
 from sanitized_cases import (
@@ -79,6 +80,15 @@ def test_racecheck_follows_clusters_of_all_sizes(capacity):
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):
     assert re.search(rf"constexpr u?int(?:32_t)? {name} = (\d+);", (KERNELS / file).read_text())[1] == str(expected)
+
+
+def test_shares_are_those_of_the_combine_of_granules():
+    source = (KERNELS / "split_kv_combine/granule_combine.cu").read_text()
+    found = dict(re.findall(r"using (\w+)Share = Share<.*, (\d+, \d+)>;", source))
+    assert found == {
+        "Fine": ", ".join(map(str, segments.FINE_SHARE)),
+        "Coarse": ", ".join(map(str, segments.COARSE_SHARE)),
+    }
 
 
 def test_loads_at_once_are_those_of_the_combine():

@@ -77,19 +77,18 @@ constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
 // SMs, or one in 32 of them.
 constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
     int const m_tiles = ceil_div(num_rows_per_head_kv, kBlockM);
-    int best = 1;
+    int chosen = 1;
     if (m_tiles > 1) {
         long best_workers = 0, best_groups = 1;
         for (int lanes = 2; lanes <= kMaxLanes && lanes <= m_tiles && lanes <= num_sms; ++lanes) {
             long const workers = num_sms / lanes, groups = ceil_div(m_tiles, lanes);
             int const enough = lanes % 2 == 0 ? 31 : 32;  // pairs load KV once
-            if (32 * workers * best_groups >= enough * best_workers * groups) {
-                best = lanes, best_workers = workers, best_groups = groups;
-            }
+            if (32 * workers * best_groups >= enough * best_workers * groups) chosen = lanes;
+            if (workers * best_groups > best_workers * groups) best_workers = workers, best_groups = groups;
         }
     }
-    int const groups = ceil_div(m_tiles, best);
-    return {best, num_sms / best, num_heads_kv * groups, groups, kBlockM, 1, kDenseSplitOverhead, kDenseMinSplit};
+    int const groups = ceil_div(m_tiles, chosen);
+    return {chosen, num_sms / chosen, num_heads_kv * groups, groups, kBlockM, 1, kDenseSplitOverhead, kDenseMinSplit};
 }
 
 // Tiles of 16 or 32 rows, with clusters of a given size.

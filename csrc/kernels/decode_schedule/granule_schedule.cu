@@ -1,6 +1,6 @@
 // The tile scheduler where bits do not depend on the batch: the line of work, its costs and its fair or even division
-// are those of decode_schedule.cu, but a tile may be cut between granules only (segments.h). A boundary moves to the
-// nearest such place. Places count in 128ths of a tile.
+// are those of decode_schedule.cu, but a tile may be cut between granules only (segments.h). A boundary of a fair
+// division moves to the nearest such place, an even one counts granules. Places count in 128ths of a tile.
 #include "kernels/decode_schedule/decode_schedule.h"
 #include "kernels/decode_schedule/work_line.h"
 

@@ -4,12 +4,10 @@
 
 #include <cstdint>
 
-#include "params/dense_decode.h"
 #include "params/segments.h"
 
 namespace flash_mla {
 
-inline constexpr int kWarpSize = 32;
 inline constexpr int kMaxOuterChains = 1 << level_bits(2, kMaxSegmentBits);
 inline constexpr int kMaxChains = kMaxOuterChains << level_bits(1, kMaxSegmentBits);  // innermost ones, of a tile
 

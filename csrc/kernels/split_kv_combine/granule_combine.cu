@@ -22,6 +22,7 @@ namespace {
 
 using sm90::FoldWeights;
 
+constexpr int kWarpSize = 32;
 __device__ int lane_now() { return threadIdx.x % kWarpSize; }
 
 constexpr int kMaxInnerChains = kMaxChains / kMaxOuterChains;  // of an outer one
@@ -67,15 +68,15 @@ struct Numbers {
     }
 };
 
-// How much a CTA takes at once. A granule is a segment, of which an outer chain has up to 32, or at least an innermost
-// chain, up to 4.
-template <int kPlacesOfOuterChain, int kVectorsAtOnce>
+// How much a CTA takes at once, and how many of them there is room for. A granule is a segment, of which an outer chain
+// has up to 32, or at least an innermost chain, up to 4.
+template <int kPlacesOfOuterChain, int kVectorsAtOnce, int kNumCtas>
 struct Share {
-    static constexpr int kPlaces = kPlacesOfOuterChain, kVectors = kVectorsAtOnce;
+    static constexpr int kPlaces = kPlacesOfOuterChain, kVectors = kVectorsAtOnce, kCtasPerSm = kNumCtas;
     static constexpr bool kIsCoarse = kPlaces == kMaxInnerChains;  // a value for each innermost chain
 };
-using FineShare = Share<kMaxInnerChains * kMaxSize, 1>;
-using CoarseShare = Share<kMaxInnerChains, 4>;
+using FineShare = Share<kMaxInnerChains * kMaxSize, 1, 3>;
+using CoarseShare = Share<kMaxInnerChains, 4, 5>;
 
 template <typename Share>
 struct Shared {
@@ -87,7 +88,7 @@ struct Shared {
     OfWarp warp[kMaxOuterChains];
     Values<kMaxOuterChains, Share::kVectors> outer_chains;
     bool exists[kMaxOuterChains];
-    alignas(16) CutTile tile;  // loads of which should not touch what stands before it
+    alignas(16) CutTile tile;  // so that a wide load of it does not take in `exists`, which other warps write
 };
 
 template <typename Element, int kRowsPerTile, typename Share>
@@ -98,7 +99,7 @@ struct Item {
     using WarpShared = typename OwnShared::OfWarp;
 
     CutTile const* tile;
-    TilePlace place;
+    TilePlace tile_place;
     VectorPlace at;
     int granule_shift;
     float4 const* numbers;  // of this lane, in the tile's first slot
@@ -110,21 +111,21 @@ struct Item {
         : tile(&tile) {
         WorkerGrid const& grid = params.grid;
         int const lane = lane_now(), vector = number % kItemsOfSlot * kVectors;
-        place = tile_place(grid, tile.tile, number / kItemsOfSlot);
+        tile_place = flash_mla::tile_place(grid, tile.tile, number / kItemsOfSlot);
         at = vector_place(vector, kRowsPerTile);
         granule_shift = max(tile.segment_bits - layout.granule_bits, 0);
         int const m_tiles = grid.lane_groups * grid.num_lanes;
-        int const tile_of_all = (tile.batch * params.num_heads_kv + place.head_kv) * m_tiles + place.m_tile;
+        int const tile_of_all = (tile.batch * params.num_heads_kv + tile_place.head_kv) * m_tiles + tile_place.m_tile;
         int64_t const row = int64_t(layout.first_granule + tile_of_all * layout.granules_of_tile) * kRowsPerTile;
         numbers = reinterpret_cast<float4 const*>(params.out_partial + row * kHeadDimV) + vector * kWarpSize + lane;
         statistics =
             reinterpret_cast<float4 const*>(params.statistics_partial + row + at.row) + lane % kStatisticsLanes;
-        QueryRow const own = query_row(params, place, at.row + lane / 4, kRowsPerTile);
+        QueryRow const own = query_row(params, tile_place, at.row + lane / 4, kRowsPerTile);
         out = static_cast<Element*>(params.out) + out_offset(params, tile.batch, own) + at.column + 2 * (lane % 4);
         if (!own.exists) out = nullptr;
     }
     __device__ bool has_rows(DenseDecodeParams const& params) const {
-        return place.m_tile * kRowsPerTile + at.row < params.rows_per_head_kv;
+        return tile_place.m_tile * kRowsPerTile + at.row < params.rows_per_head_kv;
     }
 
     // Where the values of an outer chain come to. Returns how many there are.
@@ -173,6 +174,7 @@ struct Item {
         RowStatistics inner[kMaxInnerChains];
         int begin[kMaxInnerChains + 1];
         if constexpr (Share::kIsCoarse) {
+            // Those that have a value, in the order of places.
 #pragma unroll
             for (int i = 0; i < kMaxInnerChains; ++i) inner[i] = rows[i][row], begin[i] = min(i, count);
         } else {
@@ -310,7 +312,7 @@ struct Item {
             }
         }
         if (at.column != 0 || lane >= kVectorRows) return;
-        QueryRow const of_lse = query_row(params, place, at.row + lane, kRowsPerTile);
+        QueryRow const of_lse = query_row(params, tile_place, at.row + lane, kRowsPerTile);
         float const lse = natural_lse(sm90::folded_log2_sum(statistics));
         if (of_lse.exists) params.lse[lse_offset(params, tile->batch, of_lse)] = lse;
     }
@@ -393,10 +395,10 @@ cudaError_t launch(DenseDecodeParams const& params, int num_sms, cudaStream_t st
     unsigned const items = vectors_of_slot(kRowsPerTile) / Share::kVectors * grid.num_lanes;
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
-    // No more than there is room for at once.
-    constexpr int kCtasPerSm = 227 * 1024 / (kSharedBytes + 1024);
+    // No more than there is room for at once, and one for each tile.
+    static_assert(Share::kCtasPerSm == 227 * 1024 / (kSharedBytes + 1024));
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    int64_t const parts = std::clamp<int64_t>(kCtasPerSm * num_sms / num_tiles, 1, items);
+    int64_t const parts = std::clamp<int64_t>(Share::kCtasPerSm * num_sms / num_tiles, 1, items);
     config.gridDim = dim3(unsigned(parts), grid.tiles_per_request, params.batch_size);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = kSharedBytes;
