@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cases import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, Case, make_case
@@ -29,9 +29,35 @@ from flash_mla.schedule import ClusterCapacity, WorkerGrid
 # What the kernels keep in shared memory, in csrc/kernels/sm90.
 NUM_STAGES = {"dense": 3, "swapped": 2}
 QUEUE_CAPACITY = 8
-# What a thread of the combine loads at a time, and how many of its CTAs an SM runs.
-LOADS_AT_ONCE = {"dense": 8, "swapped": 4}
-COMBINE_CTAS_PER_SM = 5
+# Of split_kv_combine.cu: a tile in more pieces than these, and in more than two turns, several CTAs take.
+FEWEST_SHARED = 8
+
+
+class Division(NamedTuple):
+    """How the CTAs of the combine take tiles: parts and pieces that a warp merges at a time, or None where the warps
+    always share out pieces; the same where they do; and CTAs of an SM."""
+
+    columns: tuple[int, int] | None
+    pieces: tuple[int, int]
+    ctas_per_sm: int
+
+    @property
+    def name(self) -> str:
+        if self.columns is None:
+            return "combine of shared pieces"
+        return f"combine of {self.columns[0]} × {self.columns[1]} at a time"
+
+
+DIVISIONS = {
+    "dense": (
+        Division(None, (1, 8), 5),
+        Division((1, 16), (1, 8), 3),
+        Division((1, 8), (1, 8), 4),
+        Division((2, 4), (1, 8), 4),
+        Division((2, 2), (1, 8), 5),
+    ),
+    "swapped": (Division(None, (1, 2), 5), Division((1, 4), (1, 4), 5), Division((2, 2), (1, 4), 5)),
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,12 @@ DENSE_CASES = [
     ),
     SanitizedCase("pair of tiles, split, many requests", [1300, *[0] * 19], shape={"num_heads_q": 128}),
     SanitizedCase("pair of tiles, parts of one block", [450, 30, 130], shape={"num_heads_q": 128}),
+    # Where a GPU has 132 SMs these are combined in three ways, where it has 78, the others of them are.
+    SanitizedCase("split, twelve requests", [1300, *[0] * 11], shape={"num_heads_q": 40}),
+    SanitizedCase("split, twenty requests", [64 * 80, 1300, *[0] * 18], shape={"num_heads_q": 40}),
+    SanitizedCase(
+        "split in many parts, thirty requests", [64 * 80 + 1, 64 * 80] * 3 + [70] * 24, shape={"num_heads_q": 40}
+    ),
     SanitizedCase("three tiles", [130, 3], num_workers=2, shape={"num_heads_q": 192, "strided_q": True}),
     SanitizedCase(
         "11 tiles for 12 lanes, causal",
@@ -191,6 +223,11 @@ SWAPPED_CASES = [
     ),
     SanitizedCase("swapped, split, four requests", [64 * 50 + 1, *[0] * 3]),
     SanitizedCase("swapped, split, eight requests", [64 * 120 + 1, *[0] * 7]),
+    # More of these than there are requests are taken by CTAs of the combine, where a GPU has 132 and 78 SMs.
+    *(
+        SanitizedCase(f"swapped, {num_long} requests split in many parts", [64 * 60 + 1] * num_long, split_ctas=1)
+        for num_long in (9, 6)
+    ),
 ]
 
 CASES = [*DENSE_CASES, *SWAPPED_CASES]
@@ -353,9 +390,8 @@ _BOTH = {
     "middle part of a tile",
     "last part of a tile",
     "part of a tile without keys",
-    "parts shared out among warps",
-    "several parts",
-    "few parts",
+    "tile in many pieces beside others",
+    "several cut tiles in turn",
     "more blocks than stages",
     "no mask",
     "end of the tokens in a block",
@@ -375,8 +411,10 @@ _DENSE = {
     "more parts than lanes of a warp",
     "more pieces than the queue holds",
     "query rows that no tensor map describes",
+    *(division.name for division in DIVISIONS["dense"]),
 }
 _SWAPPED = {
+    *(division.name for division in DIVISIONS["swapped"]),
     *(f"16 rows, clusters of {size}" for size in (8, 6, 5, 4, 3, 2, 1)),
     *(f"32 rows, clusters of {size}" for size in (8, 4, 2, 1)),
     *(f"{rows} rows, {way}" for rows in (16, 32) for way in ("several pieces with keys", "part of a tile", "causal")),
@@ -447,19 +485,56 @@ def routes_of_shape(case: SanitizedCase, grid: WorkerGrid) -> set[str]:
     return routes
 
 
-def way_to_combine(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> str:
+def most_cut_tiles(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> int:
+    return max(min(case.batch_size(capacity) * grid.tiles_per_request, grid.num_workers - 1), 1)
+
+
+def combine_division(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> Division:
     """As csrc/kernels/split_kv_combine chooses it."""
     num_tiles = case.batch_size(capacity) * grid.tiles_per_request
-    loads_at_once = LOADS_AT_ONCE["swapped" if grid.is_swapped else "dense"]
     row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
-    num_parts = num_tiles * grid.num_lanes * row_groups * (HEAD_DIM_V // 32)
-    if grid.num_workers > loads_at_once * num_tiles and num_parts <= COMBINE_CTAS_PER_SM * capacity.num_sms:
-        return "parts shared out among warps"
-    return "few parts" if grid.num_workers < (loads_at_once // 2 + 1) * num_tiles else "several parts"
+    num_parts = most_cut_tiles(case, grid, capacity) * grid.num_lanes * row_groups * (HEAD_DIM_V // 32)
+
+    def fits(division: Division) -> bool:
+        parts_per_cta = 1 if division.columns is None else 4 * division.columns[0]
+        return num_parts <= parts_per_cta * division.ctas_per_sm * capacity.num_sms
+
+    kernel = "swapped" if grid.is_swapped else "dense"
+    least_workers = {
+        "dense": (8 * num_tiles + 1, 8 * num_tiles + 1, 5 * num_tiles, 3 * num_tiles),
+        "swapped": (4 * num_tiles + 1, 3 * num_tiles),
+    }
+    for division, least in zip(DIVISIONS[kernel], least_workers[kernel], strict=False):
+        if grid.num_workers >= least and (fits(division) or (grid.is_swapped and division.columns)):
+            return division
+    return DIVISIONS[kernel][-1]
+
+
+def routes_of_combine(
+    case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity, pieces_of_cut_tiles: Sequence[int]
+) -> set[str]:
+    if not pieces_of_cut_tiles:
+        return set()
+    division = combine_division(case, grid, capacity)
+    routes = {division.name}
+    parts_per_cta, most_pieces = 1, 0
+    if division.columns:
+        parts_per_cta = 4 * division.columns[0]
+        most_pieces = max(2 * division.columns[1], FEWEST_SHARED)
+    num_taken = sum(parts_per_cta if pieces > most_pieces else 1 for pieces in pieces_of_cut_tiles)
+    if division.columns and max(pieces_of_cut_tiles) > most_pieces:
+        routes.add("tile in many pieces beside others")
+    row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
+    ctas_per_tile = grid.num_lanes * row_groups * (HEAD_DIM_V // 32) // parts_per_cta
+    tiles_at_once = max(division.ctas_per_sm * capacity.num_sms // ctas_per_tile, 1)
+    if num_taken > min(most_cut_tiles(case, grid, capacity), tiles_at_once):
+        routes.add("several cut tiles in turn")
+    return routes
 
 
 def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> set[str]:
     routes = set()
+    pieces_of_cut_tiles = []
     rows, lengths = plan_rows(case, grid, capacity), case.all_lengths(capacity)
     if len(rows) < grid.num_workers or any(row[6] == 0 for row in rows):
         routes.add("worker without work")
@@ -482,7 +557,9 @@ def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCap
                 }[continued, continues]
             )
             if continued or continues:
-                routes |= {f"{grid.rows_per_tile} rows, part of a tile", way_to_combine(case, grid, capacity)}
+                routes.add(f"{grid.rows_per_tile} rows, part of a tile")
+            if continues and not continued:
+                pieces_of_cut_tiles.append(last_worker - worker + 1)
             if continues and not continued and num_pieces == 1:
                 routes.add("first part of a tile, the only piece of its worker")
             if (continued or continues) and end == begin:
@@ -504,7 +581,7 @@ def routes_of_pieces(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCap
             routes.add("more pieces than the queue holds")
         if num_blocks_of_cta > NUM_STAGES["swapped" if grid.is_swapped else "dense"]:
             routes.add("more blocks than stages")
-    return routes
+    return routes | routes_of_combine(case, grid, capacity, pieces_of_cut_tiles)
 
 
 def run(case: SanitizedCase, dtype: torch.dtype, device: str) -> None:

@@ -75,7 +75,7 @@ def test_racecheck_follows_clusters_of_all_sizes(capacity):
         ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES["dense"]),
         ("kNumStages", "sm90/swapped_decode/traits.h", sanitized_cases.NUM_STAGES["swapped"]),
         ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
-        ("kCtasPerSm", "split_kv_combine/split_kv_combine.cu", sanitized_cases.COMBINE_CTAS_PER_SM),
+        ("kFewestShared", "split_kv_combine/split_kv_combine.cu", sanitized_cases.FEWEST_SHARED),
     ],
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):
@@ -91,13 +91,17 @@ def test_shares_are_those_of_the_combine_of_granules():
     }
 
 
-def test_loads_at_once_are_those_of_the_combine():
+def test_divisions_are_those_of_the_combine():
     source = (KERNELS / "split_kv_combine/split_kv_combine.cu").read_text()
-    found = dict(re.findall(r"struct (\w+)Numbers \{\n +static constexpr int kLoadsAtOnce = (\d+);", source))
-    assert found == {
-        "Packed": str(sanitized_cases.LOADS_AT_ONCE["dense"]),
-        "Float": str(sanitized_cases.LOADS_AT_ONCE["swapped"]),
-    }
+    portion = r"Portion<(\d+), (\d+)>"
+    pieces = tuple(map(int, re.search(rf"using Pieces = {portion};", source).groups()))
+    found: dict[str, list[sanitized_cases.Division]] = {"Packed": [], "Float": []}
+    chosen = rf"(\w+)Numbers, Division<(void|{portion}), (?:Pieces|{portion}), (\d+)>>"
+    for numbers, columns, *sizes, ctas_per_sm in re.findall(chosen, source):
+        shared = tuple(map(int, sizes[2:])) if sizes[2] else pieces
+        own = None if columns == "void" else tuple(map(int, sizes[:2]))
+        found[numbers].append(sanitized_cases.Division(own, shared, int(ctas_per_sm)))
+    assert {"dense": tuple(found["Packed"]), "swapped": tuple(found["Float"])} == sanitized_cases.DIVISIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

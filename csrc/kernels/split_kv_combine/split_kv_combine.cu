@@ -1,11 +1,12 @@
 // Every warp merges 8 rows of 32 columns at a time, or of 64 where pieces are few, a quad for each row. The CTAs share
 // out all tiles that the plan cuts: a worker whose last piece begins a tile is the first of those that have a part of
-// it. Where few tiles are in many pieces, the warps of a CTA share out the pieces, too. Pieces are added in the order
-// of the workers, those of a warp and then the warps, so results repeat bit for bit.
+// it. Where a tile is in many pieces, the warps of a CTA share out these instead of columns, and more CTAs take part.
+// Pieces are added in the order of the workers, those of a warp and then the warps, so results repeat bit for bit.
 #include "kernels/split_kv_combine/split_kv_combine.h"
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/sm90/primitives/dependent_launch.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
@@ -18,13 +19,55 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr int kWarpsPerCta = 4;
 constexpr int kThreads = kWarpsPerCta * kWarpSize;
-constexpr int kCtasPerSm = 5;
-constexpr int kParts = kHeadDimV / kBoxColumns;  // of a row
+constexpr int kPartsOfRow = kHeadDimV / kBoxColumns;
+constexpr int kFewestShared = 8;  // pieces of a tile
 
-// A tile in pieces, by the worker that begins it.
+// What a warp merges at a time: so many parts of its rows, of so many pieces.
+template <int kParts_, int kPieces_>
+struct Portion {
+    static constexpr int kParts = kParts_, kPieces = kPieces_;
+};
+
+// How the CTAs take tiles: the warps share out columns; or, where tiles are so few that there are CTAs for all, and
+// where a tile has so many pieces that they would come in more than two turns, they share out these, and a CTA has but
+// one part of the rows.
+template <typename Columns_, typename Pieces_, int kCtasPerSm_>
+struct Division {
+    using Columns = Columns_;  // of a warp; void if pieces always are shared out
+    using Pieces = Pieces_;
+    static constexpr int kCtasPerSm = kCtasPerSm_;
+    static constexpr bool kAlwaysPieces = std::is_void_v<Columns>;
+    static_assert(Pieces::kParts == 1);
+
+    static constexpr int parts_per_cta() {
+        if constexpr (kAlwaysPieces) {
+            return 1;
+        } else {
+            return kWarpsPerCta * Columns::kParts;
+        }
+    }
+    static constexpr int kPartsPerCta = parts_per_cta(), kPartGroups = kPartsOfRow / kPartsPerCta;
+    // CTAs that take the same parts of a tile with so many pieces: fewer than these, so that there is a worker for
+    // each.
+    __device__ static int num_ctas(int num_pieces) {
+        if constexpr (kAlwaysPieces) {
+            return 1;
+        } else {
+            constexpr int kInTurns = 2 * Columns::kPieces, kMost = kInTurns < kFewestShared ? kFewestShared : kInTurns;
+            static_assert(kPartsPerCta <= kMost);
+            return num_pieces > kMost ? kPartsPerCta : 1;
+        }
+    }
+};
+
+// What a CTA takes: a tile in pieces, by the worker that begins it, and the one part of a group that it has of its
+// rows, or kAllParts.
 struct CutTile {
+    static constexpr int kAllParts = -1;
+
     int batch, tile, worker, last_worker;
     int first_slot;
+    int part;
 };
 
 // What is not a number stays it.
@@ -37,60 +80,94 @@ __device__ float max_or_nan(float x, float y) {
 __device__ float inverse_or_0(float x) { return x == 0.f ? 0.f : 1.f / x; }
 __device__ float2 scaled(float2 pair, float factor) { return {pair.x * factor, pair.y * factor}; }
 
-// Lists the tiles that are cut, in the order of the workers, for all threads of the CTA. Returns how many.
+// Not in a plan for other shapes.
+__device__ bool begins_cut_tile(DenseDecodeParams const& params, WorkerRow const& row, int worker) {
+    bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
+    return row.num_pieces > 0 && begins_tile && row.last_worker > worker && row.last_worker < params.grid.num_workers &&
+           row.end_batch < params.batch_size && row.end_tile < params.grid.tiles_per_request;
+}
+
+// Lists the tiles that are cut, in the order of the workers, for all threads of the CTA: as often as there are CTAs for
+// the same parts. Returns how many that are.
+template <typename Division>
 __device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tiles) {
-    __shared__ int cuts_of_warp[kWarpsPerCta];
+    constexpr int kRowsAtOnce = 2;  // of the plan, by a thread
+    __shared__ int taken_of_warp[kRowsAtOnce][kWarpsPerCta];
     WorkerGrid const& grid = params.grid;
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    int num_cuts = 0;
-    for (int base = 0; base < grid.num_workers; base += kThreads) {
-        int const worker = base + threadIdx.x;
-        bool cut = false;
-        WorkerRow row{};
-        if (worker < grid.num_workers) {
-            row = params.metadata[worker];
-            bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
-            cut = row.num_pieces > 0 && begins_tile && row.last_worker > worker;
-            // Not of a plan for other shapes.
-            cut = cut && row.end_batch < params.batch_size && row.end_tile < grid.tiles_per_request &&
-                  row.last_worker < grid.num_workers;
+    unsigned const lanes_before = (1u << lane) - 1;
+    int num_taken = 0;
+    for (int base = 0; base < grid.num_workers; base += kRowsAtOnce * kThreads) {
+        WorkerRow row[kRowsAtOnce];
+        int num_ctas[kRowsAtOnce], taken_before[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            int const worker = base + i * kThreads + threadIdx.x;
+            row[i] = worker < grid.num_workers ? params.metadata[worker] : WorkerRow{};
         }
-        unsigned const votes = __ballot_sync(~0u, cut);
-        if (lane == 0) cuts_of_warp[warp] = __popc(votes);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            int const worker = base + i * kThreads + threadIdx.x;
+            bool const cut = begins_cut_tile(params, row[i], worker);
+            num_ctas[i] = cut ? Division::num_ctas(row[i].last_worker - worker + 1) : 0;
+            unsigned const cuts = __ballot_sync(~0u, cut), shared = __ballot_sync(~0u, num_ctas[i] > 1);
+            constexpr int kMore = Division::kPartsPerCta - 1;
+            taken_before[i] = __popc(cuts & lanes_before) + kMore * __popc(shared & lanes_before);
+            if (lane == 0) taken_of_warp[i][warp] = __popc(cuts) + kMore * __popc(shared);
+        }
         __syncthreads();
-        int index = num_cuts + __popc(votes & ((1u << lane) - 1));
-        for (int i = 0; i < kWarpsPerCta; ++i) {
-            if (i < warp) index += cuts_of_warp[i];
-            num_cuts += cuts_of_warp[i];
-        }
-        if (cut) {
-            cut_tiles[index] = {row.end_batch, row.end_tile, worker, row.last_worker,
-                                partial_slot(worker, row.num_pieces == 1)};
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            int index = num_taken + taken_before[i];
+            for (int w = 0; w < kWarpsPerCta; ++w) {
+                if (w < warp) index += taken_of_warp[i][w];
+                num_taken += taken_of_warp[i][w];
+            }
+            int const worker = base + i * kThreads + threadIdx.x;
+            bool const is_shared = num_ctas[i] > 1 || Division::kAlwaysPieces;
+#pragma unroll 1
+            for (int part = 0; part < num_ctas[i] && index + part < grid.num_workers; ++part) {
+                cut_tiles[index + part] = {row[i].end_batch,
+                                           row[i].end_tile,
+                                           worker,
+                                           row[i].last_worker,
+                                           partial_slot(worker, row[i].num_pieces == 1),
+                                           is_shared ? part : CutTile::kAllParts};
+            }
         }
         __syncthreads();
     }
-    return num_cuts;
+    return min(num_taken, grid.num_workers);  // more in a plan for other shapes
 }
 
 // What a thread has of a piece's partial output: 8 numbers of a row, as the dense kernel writes them, boxes of 16 bits.
 struct PackedNumbers {
-    static constexpr int kLoadsAtOnce = 8;
+    // Where they are, for a tile at the begin of the partial results. A warp's parts are of one half of the columns.
+    struct Source {
+        uint4 const* words;
+        float const* scale;
+
+        __device__ Source(DenseDecodeParams const& params, int row, int first_column, int lane)
+            : words(static_cast<uint4 const*>(params.packed_partial) +
+                    box_offset(row, first_column) / kNumbersPerThread + lane),
+              scale(params.scale_partial + row * kScalesPerRow + scale_of(first_column, lane % 4)) {}
+    };
 
     uint4 words;
     float scale;
 
-    __device__ void load(DenseDecodeParams const& params, int64_t tile_row, int row, int first_column, int lane) {
-        auto const* const box =
-            static_cast<__half const*>(params.packed_partial) + tile_row * kHeadDimV + box_offset(row, first_column);
-        words = reinterpret_cast<uint4 const*>(box)[lane];
-        scale = params.scale_partial[(tile_row + row) * kScalesPerRow + scale_of(first_column, lane % 4)];
+    __device__ void load(Source const& source, uint32_t tile_row, int part) {
+        words = source.words[tile_row * (kHeadDimV / kNumbersPerThread) + part * kBoxThreads];
+        scale = source.scale[tile_row * kScalesPerRow];
     }
     __device__ void add_to(float (&sum)[kNumbersPerThread], float weight) const {
         uint32_t const word[] = {words.x, words.y, words.z, words.w};
+        float const factor = weight * scale;
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             float2 const pair = __half22float2(reinterpret_cast<__half2 const&>(word[i]));
-            sum[2 * i] = fmaf(weight * scale, pair.x, sum[2 * i]);
-            sum[2 * i + 1] = fmaf(weight * scale, pair.y, sum[2 * i + 1]);
+            sum[2 * i] = fmaf(factor, pair.x, sum[2 * i]);
+            sum[2 * i + 1] = fmaf(factor, pair.y, sum[2 * i + 1]);
         }
     }
     // Of the i-th pair.
@@ -99,18 +176,23 @@ struct PackedNumbers {
 
 // The swapped kernel's: rows of floats.
 struct FloatNumbers {
-    static constexpr int kLoadsAtOnce = 4;
+    struct Source {
+        float4 const* numbers;
+
+        __device__ Source(DenseDecodeParams const& params, int row, int first_column, int lane)
+            : numbers(reinterpret_cast<float4 const*>(params.out_partial + row * kHeadDimV + first_column) + lane % 4) {
+        }
+    };
 
     float4 low, high;
 
-    __device__ void load(DenseDecodeParams const& params, int64_t tile_row, int row, int first_column, int lane) {
-        auto const* const from =
-            reinterpret_cast<float4 const*>(params.out_partial + (tile_row + row) * kHeadDimV + first_column) +
-            lane % 4;
+    __device__ void load(Source const& source, uint32_t tile_row, int part) {
+        float4 const* const from = source.numbers + tile_row * (kHeadDimV / 4) + part * kBoxColumns / 4;
         low = from[0], high = from[4];
     }
     __device__ void add_to(float (&sum)[kNumbersPerThread], float weight) const {
         float const number[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
         for (int i = 0; i < kNumbersPerThread; ++i) sum[i] = fmaf(weight, number[i], sum[i]);
     }
     __device__ static int column(int i, int lane) { return i / 2 * 16 + 4 * (lane % 4) + i % 2 * 2; }
@@ -125,7 +207,7 @@ __device__ float log2_sum_of(float weight, float reference) {
 }
 
 // What a thread has added up of a row, in so many parts, with weights of which the largest is 1. What is infinite may
-// become NaN where its weight becomes 0.
+// become NaN, where its weight becomes 0 or it comes again without one.
 template <int kNumParts>
 struct Sums {
     float number[kNumParts][kNumbersPerThread] = {};
@@ -150,11 +232,10 @@ struct PairOfSums {
     float2 number;
     float weight, log2_sum;
 
-    __device__ PairOfSums(Sums<1> const& sums, bool is_first_item) {
+    __device__ explicit PairOfSums(Sums<1> const& sums) {
         __shared__ float of_warps[kWarpsPerCta][kNumbersPerThread + 2][kWarpSize];
         static_assert(kNumbersPerThread == 2 * kWarpsPerCta);
         int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-        if (!is_first_item) __syncthreads();  // others may still read what was there before
         float (*to)[kWarpSize] = of_warps[warp];
         for (int i = 0; i < kNumbersPerThread; ++i) to[i][lane] = sums.number[0][i];
         to[kNumbersPerThread][lane] = sums.weight;
@@ -178,163 +259,197 @@ constexpr int num_row_groups_of(DenseDecodeParams const& params) {
     return ceil_div(params.rows_per_head_kv < rows_per_tile ? params.rows_per_head_kv : rows_per_tile, kBoxRows);
 }
 
-constexpr int num_parts_per_cta(int parts_at_once, bool shares_pieces) {
-    return shares_pieces ? 1 : kWarpsPerCta * parts_at_once;
-}
-
-// What a warp merges at a time: rows of a cut tile, some of their columns.
-template <int kPartsAtOnce, bool kSharesPieces>
+// The rows and columns of a warp in a cut tile. The grid of CTAs is (lanes × groups of parts, groups of rows, cut
+// tiles), of which each CTA may take several.
+template <typename Numbers, typename Division>
 struct Item {
-    static constexpr int kPartGroups = kParts / num_parts_per_cta(kPartsAtOnce, kSharesPieces);
-
     CutTile cut;
-    int tile_lane, row, first_column;
+    int first_column, num_pieces;
     QueryRow at;
+    // Of the partial results: where the tile begins in the first piece, in the second one, and how far it is to the
+    // next.
+    uint32_t first_tile_row, second_tile_row, rows_of_worker;
+    float const* log2_sums;
+    typename Numbers::Source numbers;
 
-    __device__ static int count(DenseDecodeParams const& params, int num_cuts) {
-        return num_cuts * params.grid.num_lanes * num_row_groups_of(params) * kPartGroups;
-    }
-    __device__ Item(DenseDecodeParams const& params, CutTile const* cut_tiles, int number) {
+    __device__ Item(DenseDecodeParams const& params, CutTile const& cut)
+        : cut(cut),
+          first_column(first_part_of(cut) * kBoxColumns),
+          log2_sums(params.lse_partial + row()),
+          numbers(params, row(), first_column, threadIdx.x % kWarpSize) {
         WorkerGrid const& grid = params.grid;
-        int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-        int const first_part = number % kPartGroups * num_parts_per_cta(kPartsAtOnce, kSharesPieces) +
-                               (kSharesPieces ? 0 : warp * kPartsAtOnce);
-        int const row_groups = num_row_groups_of(params), group = number / kPartGroups;
-        int const lane_and_cut = group / row_groups;
-        first_column = first_part * kBoxColumns;
-        row = (group - lane_and_cut * row_groups) * kBoxRows + lane / 4;
-        cut = cut_tiles[lane_and_cut / grid.num_lanes];
-        tile_lane = lane_and_cut % grid.num_lanes;
-        at = query_row(params, tile_place(grid, cut.tile, tile_lane), row, grid.rows_per_tile);
+        int const tile_lane = blockIdx.x / Division::kPartGroups;
+        at = query_row(params, tile_place(grid, cut.tile, tile_lane), row(), grid.rows_per_tile);
+        num_pieces = at.exists ? cut.last_worker - cut.worker + 1 : 0;
+        // The first piece is a worker's last, the others are the first ones of the workers that follow.
+        auto const tile_row = [&](int slot) {
+            return uint32_t(partial_row(grid, slot, tile_lane, 0, grid.rows_per_tile));
+        };
+        first_tile_row = tile_row(cut.first_slot);
+        second_tile_row = tile_row(partial_slot(cut.worker + 1, true));
+        rows_of_worker = partial_slot(1, true) * grid.num_lanes * grid.rows_per_tile;
     }
-    __device__ int num_pieces() const { return at.exists ? cut.last_worker - cut.worker + 1 : 0; }
-    // The first piece is a worker's last, the others are the first ones of the workers that follow.
-    __device__ int64_t tile_row(WorkerGrid const& grid, int piece) const {
-        int const slot = piece == 0 ? cut.first_slot : partial_slot(cut.worker + piece, true);
-        return partial_row(grid, slot, tile_lane, 0, grid.rows_per_tile);
+    __device__ static bool shares_pieces(CutTile const& cut) {
+        return Division::kAlwaysPieces || cut.part != CutTile::kAllParts;
+    }
+    __device__ static int first_part_of(CutTile const& cut) {
+        int const first_of_cta = blockIdx.x % Division::kPartGroups * Division::kPartsPerCta;
+        int const warp = threadIdx.x / kWarpSize;
+        return first_of_cta + (shares_pieces(cut) ? cut.part : warp * (Division::kPartsPerCta / kWarpsPerCta));
+    }
+    __device__ static int row() { return blockIdx.y * kBoxRows + threadIdx.x % kWarpSize / 4; }
+    __device__ uint32_t tile_row(int piece) const {
+        return piece == 0 ? first_tile_row : second_tile_row + (piece - 1) * rows_of_worker;
     }
 };
 
-// kPartsAtOnce: of a row, by a warp. Ways of their own, each no longer than it has to be, because their instructions
-// have to come from memory too.
-template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+// Adds up some of the pieces.
+template <typename Numbers, typename Portion, typename Item>
+__device__ Sums<Portion::kParts> add_pieces(Item const& item, int begin, int end) {
+    static_assert(kHeadDimV / 2 % (Portion::kParts * kBoxColumns) == 0);
+    Sums<Portion::kParts> sums;
+    for (int first = begin; first < end; first += Portion::kPieces) {
+        Numbers numbers[Portion::kPieces][Portion::kParts];
+        float log2_sum[Portion::kPieces];
+        float largest = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < Portion::kPieces; ++i) {
+            // Behind the last one that one again, without weight.
+            uint32_t const tile_row = item.tile_row(min(first + i, end - 1));
+            log2_sum[i] = item.log2_sums[tile_row];
+#pragma unroll
+            for (int part = 0; part < Portion::kParts; ++part) numbers[i][part].load(item.numbers, tile_row, part);
+        }
+#pragma unroll
+        for (int i = 0; i < Portion::kPieces; ++i) {
+            if (first + i >= end) log2_sum[i] = -INFINITY;
+            largest = max_or_nan(largest, log2_sum[i]);
+        }
+        sums.raise(largest);
+#pragma unroll
+        for (int i = 0; i < Portion::kPieces; ++i) {
+            float const weight = weight_of(log2_sum[i], sums.reference);
+            sums.weight += weight;
+#pragma unroll
+            for (int part = 0; part < Portion::kParts; ++part) numbers[i][part].add_to(sums.number[part], weight);
+        }
+    }
+    return sums;
+}
+
+// Divisions are kernels of their own, each no longer than it has to be, because their instructions have to come from
+// memory too.
+template <typename Element, typename Numbers, typename Division>
+__global__ void __launch_bounds__(kThreads, Division::kCtasPerSm)
     split_kv_combine_kernel(__grid_constant__ DenseDecodeParams const params) {
-    static_assert(!kSharesPieces || kPartsAtOnce == 1);
-    using OwnItem = Item<kPartsAtOnce, kSharesPieces>;
-    constexpr int kPiecesAtOnce = Numbers::kLoadsAtOnce / kPartsAtOnce;
     extern __shared__ CutTile cut_tiles[];  // [num_workers]
-    WorkerGrid const& grid = params.grid;
     // Before the wait: the decode waited for who wrote the plan before it allowed this launch.
-    int const num_items = OwnItem::count(params, list_cut_tiles(params, cut_tiles));
+    int const num_taken = list_cut_tiles<Division>(params, cut_tiles);
     sm90::allow_dependent_launch();
-    if (blockIdx.x >= num_items) return sm90::wait_for_previous_kernel();
-    OwnItem item(params, cut_tiles, blockIdx.x);
+    if (blockIdx.z >= num_taken) return sm90::wait_for_previous_kernel();
+    Item<Numbers, Division> item(params, cut_tiles[blockIdx.z]);
     sm90::wait_for_previous_kernel();
 
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    for (int number = blockIdx.x;;) {
-        CutTile const& cut = item.cut;
+    for (int number = blockIdx.z;;) {
         QueryRow const& at = item.at;
-        int const row = item.row, first_column = item.first_column, num_pieces = item.num_pieces();
-        auto const tile_row = [&](int piece) { return item.tile_row(grid, piece); };
-        Sums<kPartsAtOnce> sums;
-        int const share = kSharesPieces ? ceil_div(num_pieces, kWarpsPerCta) : num_pieces;
-        int const begin = kSharesPieces ? warp * share : 0, end = min(begin + share, num_pieces);
-        for (int first = begin; first < end; first += kPiecesAtOnce) {
-            Numbers numbers[kPiecesAtOnce][kPartsAtOnce];
-            float log2_sum[kPiecesAtOnce];
-            float largest = -INFINITY;
-#pragma unroll
-            for (int i = 0; i < kPiecesAtOnce; ++i) {
-                int const piece = first + i;
-                log2_sum[i] = -INFINITY;
-                if (piece >= end) continue;
-                log2_sum[i] = params.lse_partial[tile_row(piece) + row];
-                // Zeros where the piece has no keys, which are not used.
-#pragma unroll
-                for (int part = 0; part < kPartsAtOnce; ++part)
-                    numbers[i][part].load(params, tile_row(piece), row, first_column + part * kBoxColumns, lane);
-            }
-#pragma unroll
-            for (float const each : log2_sum) largest = max_or_nan(largest, each);
-            sums.raise(largest);
-#pragma unroll
-            for (int i = 0; i < kPiecesAtOnce; ++i) {
-                float const weight = weight_of(log2_sum[i], sums.reference);
-                sums.weight += weight;
-                if (weight == 0.f) continue;
-#pragma unroll
-                for (int part = 0; part < kPartsAtOnce; ++part) numbers[i][part].add_to(sums.number[part], weight);
-            }
-        }
-        Element* const out = static_cast<Element*>(params.out) + out_offset(params, cut.batch, at) + first_column;
-        auto const store_lse = [&](float log2_sum) {
-            if (first_column == 0 && lane % 4 == 0)
-                params.lse[lse_offset(params, cut.batch, at)] = natural_lse(log2_sum);
+        auto const out_of_row = [&] {
+            return static_cast<Element*>(params.out) + out_offset(params, item.cut.batch, at) + item.first_column;
         };
-        if constexpr (kSharesPieces) {
-            PairOfSums const pair(sums, number == blockIdx.x);
+        auto const store_lse = [&](float log2_sum) {
+            if (item.first_column == 0 && lane % 4 == 0)
+                params.lse[lse_offset(params, item.cut.batch, at)] = natural_lse(log2_sum);
+        };
+        if (item.shares_pieces(item.cut)) {
+            int const share = ceil_div(item.num_pieces, kWarpsPerCta), begin = warp * share;
+            int const end = min(begin + share, item.num_pieces);
+            PairOfSums const pair(add_pieces<Numbers, typename Division::Pieces>(item, begin, end));
             if (at.exists) {
                 if (warp == 0) store_lse(pair.log2_sum);
-                store_columns(out + Numbers::column(warp, lane), scaled(pair.number, inverse_or_0(pair.weight)));
+                store_columns(out_of_row() + Numbers::column(warp, lane),
+                              scaled(pair.number, inverse_or_0(pair.weight)));
             }
-        } else if (at.exists) {
-            store_lse(log2_sum_of(sums.weight, sums.reference));
+        } else if constexpr (!Division::kAlwaysPieces) {
+            using Portion = typename Division::Columns;
+            auto const sums = add_pieces<Numbers, Portion>(item, 0, item.num_pieces);
             float const inverse_total = inverse_or_0(sums.weight);
+            if (at.exists) {
+                Element* const out = out_of_row();
+                store_lse(log2_sum_of(sums.weight, sums.reference));
 #pragma unroll
-            for (int part = 0; part < kPartsAtOnce; ++part) {
+                for (int part = 0; part < Portion::kParts; ++part) {
 #pragma unroll
-                for (int i = 0; i < kNumbersPerThread / 2; ++i) {
-                    float2 const pair{sums.number[part][2 * i], sums.number[part][2 * i + 1]};
-                    store_columns(out + part * kBoxColumns + Numbers::column(i, lane), scaled(pair, inverse_total));
+                    for (int i = 0; i < kNumbersPerThread / 2; ++i) {
+                        float2 const pair{sums.number[part][2 * i], sums.number[part][2 * i + 1]};
+                        store_columns(out + part * kBoxColumns + Numbers::column(i, lane), scaled(pair, inverse_total));
+                    }
                 }
             }
         }
-        number += gridDim.x;
-        if (number >= num_items) return;
-        item = OwnItem(params, cut_tiles, number);
+        number += gridDim.z;
+        if (number >= num_taken) return;
+        item = Item<Numbers, Division>(params, cut_tiles[number]);
+        __syncthreads();  // all have read what the next item's sums take the place of
     }
 }
 
 struct Way {
     void (*kernel)(DenseDecodeParams);
     cudaError_t (*allow_shared_memory)(size_t);
-    int parts_per_cta;
+    int part_groups, ctas_per_sm;
 };
-template <typename Element, typename Numbers, int kPartsAtOnce, bool kSharesPieces>
-constexpr Way kWay = {split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kSharesPieces>,
-                      sm90::allow_shared_memory<split_kv_combine_kernel<Element, Numbers, kPartsAtOnce, kSharesPieces>>,
-                      num_parts_per_cta(kPartsAtOnce, kSharesPieces)};
+template <typename Element, typename Numbers, typename Division>
+constexpr Way kWay = {
+    split_kv_combine_kernel<Element, Numbers, Division>,
+    sm90::allow_shared_memory<split_kv_combine_kernel<Element, Numbers, Division>>,
+    Division::kPartGroups,
+    Division::kCtasPerSm,
+};
 
-// CTAs that start while the dense decode runs on some SMs would crowd on the others, up to kCtasPerSm, although they
-// are few, and there the next decode could not start early. What keeps them from it is that they ask for more shared
-// memory than they use: as much as leaves room for so many more per SM than it takes.
+// CTAs that start while the dense decode runs on some SMs would crowd on the others, although they are few, and there
+// the next decode could not start early. What keeps them from it is that they ask for so much shared memory that there
+// is room for only so many more per SM than it takes.
 constexpr int kSpareCtasPerSm = 2;
 constexpr size_t kMostSharedBytes = 110 * 1024;
-size_t shared_bytes_to_spread(int num_ctas, int num_sms) {
+size_t shared_bytes_to_spread(int num_ctas, int num_sms, int most_per_sm) {
     constexpr size_t kOfSm = 227 * 1024, kStaticAndReserved = 7 * 1024;
-    int const ctas_per_sm = std::min(ceil_div(num_ctas, num_sms) + kSpareCtasPerSm, kCtasPerSm);
-    return ctas_per_sm < kCtasPerSm ? kOfSm / ctas_per_sm - kStaticAndReserved : 0;
+    int const ctas_per_sm = std::min(ceil_div(num_ctas, num_sms) + kSpareCtasPerSm, most_per_sm);
+    return ctas_per_sm < most_per_sm ? kOfSm / ctas_per_sm - kStaticAndReserved : 0;
 }
 
-// By what a plan is where lengths are equal; any of them merges any plan. Tiles in many pieces, so few of them that the
-// warps have nothing else to do; tiles in few pieces; and what is between.
-template <typename Element, typename Numbers>
+// No more tiles are cut than there are, or boundaries between workers.
+int64_t most_cut_tiles(DenseDecodeParams const& params) {
+    int64_t const num_tiles = int64_t(params.batch_size) * params.grid.tiles_per_request;
+    return std::max<int64_t>(std::min<int64_t>(num_tiles, params.grid.num_workers - 1), 1);
+}
+
+// By what a plan is where lengths are equal; any way merges any plan. As many pieces at a time as a tile has then, and
+// columns as wide as lets all CTAs run at once.
+template <typename Element>
 Way choose(DenseDecodeParams const& params, int num_sms) {
     WorkerGrid const& grid = params.grid;
     int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    int64_t const num_parts = num_tiles * grid.num_lanes * num_row_groups_of(params) * kParts;
-    if (grid.num_workers > Numbers::kLoadsAtOnce * num_tiles && num_parts <= kCtasPerSm * num_sms)
-        return kWay<Element, Numbers, 1, true>;
-    if (grid.num_workers < (Numbers::kLoadsAtOnce / 2 + 1) * num_tiles) return kWay<Element, Numbers, 2, false>;
-    return kWay<Element, Numbers, 1, false>;
-}
-
-template <typename Element>
-Way choose_for(DenseDecodeParams const& params, int num_sms) {
-    return params.grid.is_swapped() ? choose<Element, FloatNumbers>(params, num_sms)
-                                    : choose<Element, PackedNumbers>(params, num_sms);
+    int64_t const num_parts = most_cut_tiles(params) * grid.num_lanes * num_row_groups_of(params) * kPartsOfRow;
+    auto const fits = [&](int parts_per_cta, int ctas_per_sm) {
+        return num_parts <= int64_t(parts_per_cta) * ctas_per_sm * num_sms;
+    };
+    if (grid.is_swapped()) {
+        if (grid.num_workers > 4 * num_tiles && fits(1, 5))
+            return kWay<Element, FloatNumbers, Division<void, Portion<1, 2>, 5>>;
+        if (grid.num_workers >= 3 * num_tiles)
+            return kWay<Element, FloatNumbers, Division<Portion<1, 4>, Portion<1, 4>, 5>>;
+        return kWay<Element, FloatNumbers, Division<Portion<2, 2>, Portion<1, 4>, 5>>;
+    }
+    using Pieces = Portion<1, 8>;
+    if (grid.num_workers > 8 * num_tiles) {
+        if (fits(1, 5)) return kWay<Element, PackedNumbers, Division<void, Pieces, 5>>;
+        if (fits(kWarpsPerCta, 3)) return kWay<Element, PackedNumbers, Division<Portion<1, 16>, Pieces, 3>>;
+    }
+    if (grid.num_workers >= 5 * num_tiles && fits(kWarpsPerCta, 4))
+        return kWay<Element, PackedNumbers, Division<Portion<1, 8>, Pieces, 4>>;
+    if (grid.num_workers >= 3 * num_tiles && fits(2 * kWarpsPerCta, 4))
+        return kWay<Element, PackedNumbers, Division<Portion<2, 4>, Pieces, 4>>;
+    return kWay<Element, PackedNumbers, Division<Portion<2, 2>, Pieces, 5>>;
 }
 
 }  // namespace
@@ -342,21 +457,22 @@ Way choose_for(DenseDecodeParams const& params, int num_sms) {
 cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms, ElementType type,
                                     cudaStream_t stream) {
     WorkerGrid const& grid = params.grid;
-    Way const way = type == ElementType::kBFloat16 ? choose_for<__nv_bfloat16>(params, num_sms)
-                                                   : choose_for<__half>(params, num_sms);
-    // CTAs without work cost time too: no more tiles are cut than there are, or boundaries between workers.
-    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    int64_t const most_cuts = std::max<int64_t>(std::min<int64_t>(num_tiles, grid.num_workers - 1), 1);
-    int64_t const most_items = most_cuts * grid.num_lanes * num_row_groups_of(params) * kParts / way.parts_per_cta;
+    Way const way =
+        type == ElementType::kBFloat16 ? choose<__nv_bfloat16>(params, num_sms) : choose<__half>(params, num_sms);
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(std::min<int64_t>(most_items, kCtasPerSm * num_sms)));
+    // CTAs without work cost time too.
+    int const per_tile = grid.num_lanes * way.part_groups * num_row_groups_of(params);
+    int const tiles_at_once = std::max(way.ctas_per_sm * num_sms / per_tile, 1);
+    config.gridDim = dim3(grid.num_lanes * way.part_groups, num_row_groups_of(params),
+                          unsigned(std::min<int64_t>(most_cut_tiles(params), tiles_at_once)));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = grid.num_workers * sizeof(CutTile);
     if (!grid.is_swapped()) {
         if (cudaError_t const error = way.allow_shared_memory(kMostSharedBytes); error != cudaSuccess) return error;
+        int const num_ctas = per_tile * config.gridDim.z;
         config.dynamicSmemBytes =
-            std::max<size_t>(config.dynamicSmemBytes, shared_bytes_to_spread(config.gridDim.x, num_sms));
+            std::max<size_t>(config.dynamicSmemBytes, shared_bytes_to_spread(num_ctas, num_sms, way.ctas_per_sm));
     }
     config.stream = stream;
     config.attrs = &attribute;
