@@ -29,16 +29,16 @@ from flash_mla.schedule import ClusterCapacity, WorkerGrid
 # What the kernels keep in shared memory, in csrc/kernels/sm90.
 NUM_STAGES = {"dense": 3, "swapped": 2}
 QUEUE_CAPACITY = 8
-# Of split_kv_combine.cu: a tile in more pieces than these, and in more than two turns, several CTAs take.
-FEWEST_SHARED = 8
+# Of split_kv_combine.cu: a tile with more pieces than these, and than come in two turns, several CTAs take.
+MOST_UNSHARED = 8
 
 
 class Division(NamedTuple):
     """How the CTAs of the combine take tiles: parts and pieces that a warp merges at a time, or None where the warps
-    always share out pieces; the same where they do; and CTAs of an SM."""
+    always share out pieces; pieces where they do; and CTAs of an SM."""
 
     columns: tuple[int, int] | None
-    pieces: tuple[int, int]
+    pieces: int
     ctas_per_sm: int
 
     @property
@@ -50,13 +50,13 @@ class Division(NamedTuple):
 
 DIVISIONS = {
     "dense": (
-        Division(None, (1, 8), 5),
-        Division((1, 16), (1, 8), 3),
-        Division((1, 8), (1, 8), 4),
-        Division((2, 4), (1, 8), 4),
-        Division((2, 2), (1, 8), 5),
+        Division(None, 8, 5),
+        Division((1, 16), 8, 3),
+        Division((1, 8), 8, 4),
+        Division((2, 4), 8, 4),
+        Division((2, 2), 8, 5),
     ),
-    "swapped": (Division(None, (1, 2), 5), Division((1, 4), (1, 4), 5), Division((2, 2), (1, 4), 5)),
+    "swapped": (Division(None, 2, 5), Division((1, 4), 4, 5), Division((2, 2), 4, 5)),
 }
 
 
@@ -520,7 +520,7 @@ def routes_of_combine(
     parts_per_cta, most_pieces = 1, 0
     if division.columns:
         parts_per_cta = 4 * division.columns[0]
-        most_pieces = max(2 * division.columns[1], FEWEST_SHARED)
+        most_pieces = max(2 * division.columns[1], MOST_UNSHARED)
     num_taken = sum(parts_per_cta if pieces > most_pieces else 1 for pieces in pieces_of_cut_tiles)
     if division.columns and max(pieces_of_cut_tiles) > most_pieces:
         routes.add("tile in many pieces beside others")

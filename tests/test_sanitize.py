@@ -75,7 +75,7 @@ def test_racecheck_follows_clusters_of_all_sizes(capacity):
         ("kNumStages", "sm90/dense_decode/traits.h", sanitized_cases.NUM_STAGES["dense"]),
         ("kNumStages", "sm90/swapped_decode/traits.h", sanitized_cases.NUM_STAGES["swapped"]),
         ("kCapacity", "sm90/dense_decode/piece_queue.h", sanitized_cases.QUEUE_CAPACITY),
-        ("kFewestShared", "split_kv_combine/split_kv_combine.cu", sanitized_cases.FEWEST_SHARED),
+        ("kMostUnshared", "split_kv_combine/split_kv_combine.cu", sanitized_cases.MOST_UNSHARED),
     ],
 )
 def test_sizes_are_those_of_the_kernel(name, file, expected):
@@ -93,14 +93,11 @@ def test_shares_are_those_of_the_combine_of_granules():
 
 def test_divisions_are_those_of_the_combine():
     source = (KERNELS / "split_kv_combine/split_kv_combine.cu").read_text()
-    portion = r"Portion<(\d+), (\d+)>"
-    pieces = tuple(map(int, re.search(rf"using Pieces = {portion};", source).groups()))
     found: dict[str, list[sanitized_cases.Division]] = {"Packed": [], "Float": []}
-    chosen = rf"(\w+)Numbers, Division<(void|{portion}), (?:Pieces|{portion}), (\d+)>>"
-    for numbers, columns, *sizes, ctas_per_sm in re.findall(chosen, source):
-        shared = tuple(map(int, sizes[2:])) if sizes[2] else pieces
-        own = None if columns == "void" else tuple(map(int, sizes[:2]))
-        found[numbers].append(sanitized_cases.Division(own, shared, int(ctas_per_sm)))
+    chosen = r"(\w+)Numbers, Division<(?:void|Portion<(\d+), (\d+)>), (\d+), (\d+)>>"
+    for numbers, parts, pieces, shared, ctas_per_sm in re.findall(chosen, source):
+        columns = (int(parts), int(pieces)) if parts else None
+        found[numbers].append(sanitized_cases.Division(columns, int(shared), int(ctas_per_sm)))
     assert {"dense": tuple(found["Packed"]), "swapped": tuple(found["Float"])} == sanitized_cases.DIVISIONS
 
 

@@ -20,7 +20,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerCta = 4;
 constexpr int kThreads = kWarpsPerCta * kWarpSize;
 constexpr int kPartsOfRow = kHeadDimV / kBoxColumns;
-constexpr int kFewestShared = 8;  // pieces of a tile
+constexpr int kMostUnshared = 8;  // pieces of a tile
 
 // What a warp merges at a time: so many parts of its rows, of so many pieces.
 template <int kParts_, int kPieces_>
@@ -28,16 +28,15 @@ struct Portion {
     static constexpr int kParts = kParts_, kPieces = kPieces_;
 };
 
-// How the CTAs take tiles: the warps share out columns; or, where tiles are so few that there are CTAs for all, and
-// where a tile has so many pieces that they would come in more than two turns, they share out these, and a CTA has but
-// one part of the rows.
-template <typename Columns_, typename Pieces_, int kCtasPerSm_>
+// How the CTAs take tiles. The warps share out columns; but where a tile has more than kMostUnshared pieces, and more
+// than come in two turns, they share out these, and as many CTAs take it as there are parts. Where tiles are so few
+// that there are CTAs for all parts, they always do.
+template <typename Columns_, int kSharedPieces, int kCtasPerSm_>
 struct Division {
     using Columns = Columns_;  // of a warp; void if pieces always are shared out
-    using Pieces = Pieces_;
+    using Pieces = Portion<1, kSharedPieces>;
     static constexpr int kCtasPerSm = kCtasPerSm_;
     static constexpr bool kAlwaysPieces = std::is_void_v<Columns>;
-    static_assert(Pieces::kParts == 1);
 
     static constexpr int parts_per_cta() {
         if constexpr (kAlwaysPieces) {
@@ -53,7 +52,8 @@ struct Division {
         if constexpr (kAlwaysPieces) {
             return 1;
         } else {
-            constexpr int kInTurns = 2 * Columns::kPieces, kMost = kInTurns < kFewestShared ? kFewestShared : kInTurns;
+            constexpr int kInTwoTurns = 2 * Columns::kPieces;
+            constexpr int kMost = kInTwoTurns < kMostUnshared ? kMostUnshared : kInTwoTurns;
             static_assert(kPartsPerCta <= kMost);
             return num_pieces > kMost ? kPartsPerCta : 1;
         }
@@ -80,11 +80,13 @@ __device__ float max_or_nan(float x, float y) {
 __device__ float inverse_or_0(float x) { return x == 0.f ? 0.f : 1.f / x; }
 __device__ float2 scaled(float2 pair, float factor) { return {pair.x * factor, pair.y * factor}; }
 
-// Not in a plan for other shapes.
+// Whether a worker's last piece begins a tile that others end. Not where the row is of a plan for other shapes, and
+// would lead to where nothing is.
 __device__ bool begins_cut_tile(DenseDecodeParams const& params, WorkerRow const& row, int worker) {
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
     return row.num_pieces > 0 && begins_tile && row.last_worker > worker && row.last_worker < params.grid.num_workers &&
-           row.end_batch < params.batch_size && row.end_tile < params.grid.tiles_per_request;
+           uint32_t(row.end_batch) < uint32_t(params.batch_size) &&
+           uint32_t(row.end_tile) < uint32_t(params.grid.tiles_per_request);
 }
 
 // Lists the tiles that are cut, in the order of the workers, for all threads of the CTA: as often as there are CTAs for
@@ -207,7 +209,7 @@ __device__ float log2_sum_of(float weight, float reference) {
 }
 
 // What a thread has added up of a row, in so many parts, with weights of which the largest is 1. What is infinite may
-// become NaN, where its weight becomes 0 or it comes again without one.
+// become NaN, where its weight becomes 0 or its piece is the last one, which is read again with weight 0.
 template <int kNumParts>
 struct Sums {
     float number[kNumParts][kNumbersPerThread] = {};
@@ -303,35 +305,35 @@ struct Item {
     }
 };
 
-// Adds up some of the pieces.
-template <typename Numbers, typename Portion, typename Item>
-__device__ Sums<Portion::kParts> add_pieces(Item const& item, int begin, int end) {
-    static_assert(kHeadDimV / 2 % (Portion::kParts * kBoxColumns) == 0);
-    Sums<Portion::kParts> sums;
-    for (int first = begin; first < end; first += Portion::kPieces) {
-        Numbers numbers[Portion::kPieces][Portion::kParts];
-        float log2_sum[Portion::kPieces];
+// Adds up some of the pieces. Those without keys have weight 0, and numbers that are finite.
+template <typename Numbers, typename Taken, typename Item>
+__device__ Sums<Taken::kParts> add_pieces(Item const& item, int begin, int end) {
+    static_assert(kHeadDimV / 2 % (Taken::kParts * kBoxColumns) == 0);
+    Sums<Taken::kParts> sums;
+    for (int first = begin; first < end; first += Taken::kPieces) {
+        Numbers numbers[Taken::kPieces][Taken::kParts];
+        float log2_sum[Taken::kPieces];
         float largest = -INFINITY;
 #pragma unroll
-        for (int i = 0; i < Portion::kPieces; ++i) {
+        for (int i = 0; i < Taken::kPieces; ++i) {
             // Behind the last one that one again, without weight.
             uint32_t const tile_row = item.tile_row(min(first + i, end - 1));
             log2_sum[i] = item.log2_sums[tile_row];
 #pragma unroll
-            for (int part = 0; part < Portion::kParts; ++part) numbers[i][part].load(item.numbers, tile_row, part);
+            for (int part = 0; part < Taken::kParts; ++part) numbers[i][part].load(item.numbers, tile_row, part);
         }
 #pragma unroll
-        for (int i = 0; i < Portion::kPieces; ++i) {
+        for (int i = 0; i < Taken::kPieces; ++i) {
             if (first + i >= end) log2_sum[i] = -INFINITY;
             largest = max_or_nan(largest, log2_sum[i]);
         }
         sums.raise(largest);
 #pragma unroll
-        for (int i = 0; i < Portion::kPieces; ++i) {
+        for (int i = 0; i < Taken::kPieces; ++i) {
             float const weight = weight_of(log2_sum[i], sums.reference);
             sums.weight += weight;
 #pragma unroll
-            for (int part = 0; part < Portion::kParts; ++part) numbers[i][part].add_to(sums.number[part], weight);
+            for (int part = 0; part < Taken::kParts; ++part) numbers[i][part].add_to(sums.number[part], weight);
         }
     }
     return sums;
@@ -370,14 +372,14 @@ __global__ void __launch_bounds__(kThreads, Division::kCtasPerSm)
                               scaled(pair.number, inverse_or_0(pair.weight)));
             }
         } else if constexpr (!Division::kAlwaysPieces) {
-            using Portion = typename Division::Columns;
-            auto const sums = add_pieces<Numbers, Portion>(item, 0, item.num_pieces);
+            using Columns = typename Division::Columns;
+            auto const sums = add_pieces<Numbers, Columns>(item, 0, item.num_pieces);
             float const inverse_total = inverse_or_0(sums.weight);
             if (at.exists) {
                 Element* const out = out_of_row();
                 store_lse(log2_sum_of(sums.weight, sums.reference));
 #pragma unroll
-                for (int part = 0; part < Portion::kParts; ++part) {
+                for (int part = 0; part < Columns::kParts; ++part) {
 #pragma unroll
                     for (int i = 0; i < kNumbersPerThread / 2; ++i) {
                         float2 const pair{sums.number[part][2 * i], sums.number[part][2 * i + 1]};
@@ -408,7 +410,7 @@ constexpr Way kWay = {
 
 // CTAs that start while the dense decode runs on some SMs would crowd on the others, although they are few, and there
 // the next decode could not start early. What keeps them from it is that they ask for so much shared memory that there
-// is room for only so many more per SM than it takes.
+// is room for only so many more per SM than it takes. More than a kernel is made for their registers do not allow.
 constexpr int kSpareCtasPerSm = 2;
 constexpr size_t kMostSharedBytes = 110 * 1024;
 size_t shared_bytes_to_spread(int num_ctas, int num_sms, int most_per_sm) {
@@ -434,22 +436,19 @@ Way choose(DenseDecodeParams const& params, int num_sms) {
         return num_parts <= int64_t(parts_per_cta) * ctas_per_sm * num_sms;
     };
     if (grid.is_swapped()) {
-        if (grid.num_workers > 4 * num_tiles && fits(1, 5))
-            return kWay<Element, FloatNumbers, Division<void, Portion<1, 2>, 5>>;
-        if (grid.num_workers >= 3 * num_tiles)
-            return kWay<Element, FloatNumbers, Division<Portion<1, 4>, Portion<1, 4>, 5>>;
-        return kWay<Element, FloatNumbers, Division<Portion<2, 2>, Portion<1, 4>, 5>>;
+        if (grid.num_workers > 4 * num_tiles && fits(1, 5)) return kWay<Element, FloatNumbers, Division<void, 2, 5>>;
+        if (grid.num_workers >= 3 * num_tiles) return kWay<Element, FloatNumbers, Division<Portion<1, 4>, 4, 5>>;
+        return kWay<Element, FloatNumbers, Division<Portion<2, 2>, 4, 5>>;
     }
-    using Pieces = Portion<1, 8>;
     if (grid.num_workers > 8 * num_tiles) {
-        if (fits(1, 5)) return kWay<Element, PackedNumbers, Division<void, Pieces, 5>>;
-        if (fits(kWarpsPerCta, 3)) return kWay<Element, PackedNumbers, Division<Portion<1, 16>, Pieces, 3>>;
+        if (fits(1, 5)) return kWay<Element, PackedNumbers, Division<void, 8, 5>>;
+        if (fits(kWarpsPerCta, 3)) return kWay<Element, PackedNumbers, Division<Portion<1, 16>, 8, 3>>;
     }
     if (grid.num_workers >= 5 * num_tiles && fits(kWarpsPerCta, 4))
-        return kWay<Element, PackedNumbers, Division<Portion<1, 8>, Pieces, 4>>;
+        return kWay<Element, PackedNumbers, Division<Portion<1, 8>, 8, 4>>;
     if (grid.num_workers >= 3 * num_tiles && fits(2 * kWarpsPerCta, 4))
-        return kWay<Element, PackedNumbers, Division<Portion<2, 4>, Pieces, 4>>;
-    return kWay<Element, PackedNumbers, Division<Portion<2, 2>, Pieces, 5>>;
+        return kWay<Element, PackedNumbers, Division<Portion<2, 4>, 8, 4>>;
+    return kWay<Element, PackedNumbers, Division<Portion<2, 2>, 8, 5>>;
 }
 
 }  // namespace
