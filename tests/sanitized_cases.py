@@ -42,6 +42,16 @@ class Division(NamedTuple):
     ctas_per_sm: int
 
     @property
+    def parts_per_cta(self) -> int:
+        return 4 * self.columns[0] if self.columns else 1
+
+    def num_ctas(self, num_pieces: int) -> int:
+        """That take the same parts of a tile with so many pieces."""
+        if self.columns and num_pieces > max(2 * self.columns[1], MOST_UNSHARED):
+            return self.parts_per_cta
+        return 1
+
+    @property
     def name(self) -> str:
         if self.columns is None:
             return "combine of shared pieces"
@@ -140,7 +150,7 @@ DENSE_CASES = [
     ),
     SanitizedCase("pair of tiles, split, many requests", [1300, *[0] * 19], shape={"num_heads_q": 128}),
     SanitizedCase("pair of tiles, parts of one block", [450, 30, 130], shape={"num_heads_q": 128}),
-    # Where a GPU has 132 SMs these are combined in three ways, where it has 78, the others of them are.
+    # On 132 SMs the first of these have all CTAs of their combine run at once, on 78 the last ones do not.
     SanitizedCase("split, twelve requests", [1300, *[0] * 11], shape={"num_heads_q": 40}),
     SanitizedCase("split, twenty requests", [64 * 80, 1300, *[0] * 18], shape={"num_heads_q": 40}),
     SanitizedCase(
@@ -223,7 +233,7 @@ SWAPPED_CASES = [
     ),
     SanitizedCase("swapped, split, four requests", [64 * 50 + 1, *[0] * 3]),
     SanitizedCase("swapped, split, eight requests", [64 * 120 + 1, *[0] * 7]),
-    # More of these than there are requests are taken by CTAs of the combine, where a GPU has 132 and 78 SMs.
+    # CTAs of the combine take more parts of tiles than there are requests: with 9 on 132 SMs, with 6 on 78.
     *(
         SanitizedCase(f"swapped, {num_long} requests split in many parts", [64 * 60 + 1] * num_long, split_ctas=1)
         for num_long in (9, 6)
@@ -489,15 +499,18 @@ def most_cut_tiles(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapac
     return max(min(case.batch_size(capacity) * grid.tiles_per_request, grid.num_workers - 1), 1)
 
 
+def combine_ctas_per_tile(case: SanitizedCase, grid: WorkerGrid, division: Division) -> int:
+    row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
+    return grid.num_lanes * row_groups * (HEAD_DIM_V // 32) // division.parts_per_cta
+
+
 def combine_division(case: SanitizedCase, grid: WorkerGrid, capacity: ClusterCapacity) -> Division:
     """As csrc/kernels/split_kv_combine chooses it."""
     num_tiles = case.batch_size(capacity) * grid.tiles_per_request
-    row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
-    num_parts = most_cut_tiles(case, grid, capacity) * grid.num_lanes * row_groups * (HEAD_DIM_V // 32)
 
     def fits(division: Division) -> bool:
-        parts_per_cta = 1 if division.columns is None else 4 * division.columns[0]
-        return num_parts <= parts_per_cta * division.ctas_per_sm * capacity.num_sms
+        num_ctas = most_cut_tiles(case, grid, capacity) * combine_ctas_per_tile(case, grid, division)
+        return num_ctas <= division.ctas_per_sm * capacity.num_sms
 
     kernel = "swapped" if grid.is_swapped else "dense"
     least_workers = {
@@ -517,17 +530,12 @@ def routes_of_combine(
         return set()
     division = combine_division(case, grid, capacity)
     routes = {division.name}
-    parts_per_cta, most_pieces = 1, 0
-    if division.columns:
-        parts_per_cta = 4 * division.columns[0]
-        most_pieces = max(2 * division.columns[1], MOST_UNSHARED)
-    num_taken = sum(parts_per_cta if pieces > most_pieces else 1 for pieces in pieces_of_cut_tiles)
-    if division.columns and max(pieces_of_cut_tiles) > most_pieces:
+    num_ctas = [division.num_ctas(pieces) for pieces in pieces_of_cut_tiles]
+    if max(num_ctas) > 1:
         routes.add("tile in many pieces beside others")
-    row_groups = -(-min(case.num_rows_per_head_kv, grid.rows_per_tile) // 8)
-    ctas_per_tile = grid.num_lanes * row_groups * (HEAD_DIM_V // 32) // parts_per_cta
-    tiles_at_once = max(division.ctas_per_sm * capacity.num_sms // ctas_per_tile, 1)
-    if num_taken > min(most_cut_tiles(case, grid, capacity), tiles_at_once):
+    ctas_at_once = division.ctas_per_sm * capacity.num_sms
+    tiles_at_once = max(ctas_at_once // combine_ctas_per_tile(case, grid, division), 1)
+    if sum(num_ctas) > min(most_cut_tiles(case, grid, capacity), tiles_at_once):
         routes.add("several cut tiles in turn")
     return routes
 

@@ -10,6 +10,7 @@
 
 #include "kernels/sm90/primitives/dependent_launch.h"
 #include "kernels/sm90/primitives/kernel_attributes.h"
+#include "kernels/sm90/primitives/pieces.h"
 #include "kernels/split_kv_combine/store_columns.h"
 #include "params/query_rows.h"
 
@@ -84,9 +85,10 @@ __device__ float2 scaled(float2 pair, float factor) { return {pair.x * factor, p
 // would lead to where nothing is.
 __device__ bool begins_cut_tile(DenseDecodeParams const& params, WorkerRow const& row, int worker) {
     bool const begins_tile = row.num_pieces > 1 || row.begin_block == 0;
-    return row.num_pieces > 0 && begins_tile && row.last_worker > worker && row.last_worker < params.grid.num_workers &&
-           uint32_t(row.end_batch) < uint32_t(params.batch_size) &&
-           uint32_t(row.end_tile) < uint32_t(params.grid.tiles_per_request);
+    bool const is_cut =
+        row.num_pieces > 0 && begins_tile && row.last_worker > worker && row.last_worker < params.grid.num_workers;
+    if (!is_cut) return false;
+    return sm90::has_tile(params, row.end_batch, row.end_tile);
 }
 
 // Lists the tiles that are cut, in the order of the workers, for all threads of the CTA: as often as there are CTAs for
@@ -100,22 +102,22 @@ __device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tile
     unsigned const lanes_before = (1u << lane) - 1;
     int num_taken = 0;
     for (int base = 0; base < grid.num_workers; base += kRowsAtOnce * kThreads) {
+        auto const worker_of = [&](int i) { return base + i * kThreads + int(threadIdx.x); };
         WorkerRow row[kRowsAtOnce];
         int num_ctas[kRowsAtOnce], taken_before[kRowsAtOnce];
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-            int const worker = base + i * kThreads + threadIdx.x;
-            row[i] = worker < grid.num_workers ? params.metadata[worker] : WorkerRow{};
-        }
+        for (int i = 0; i < kRowsAtOnce; ++i)
+            row[i] = worker_of(i) < grid.num_workers ? params.metadata[worker_of(i)] : WorkerRow{};
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) {
-            int const worker = base + i * kThreads + threadIdx.x;
-            bool const cut = begins_cut_tile(params, row[i], worker);
-            num_ctas[i] = cut ? Division::num_ctas(row[i].last_worker - worker + 1) : 0;
+            bool const cut = begins_cut_tile(params, row[i], worker_of(i));
+            num_ctas[i] = cut ? Division::num_ctas(row[i].last_worker - worker_of(i) + 1) : 0;
             unsigned const cuts = __ballot_sync(~0u, cut), shared = __ballot_sync(~0u, num_ctas[i] > 1);
-            constexpr int kMore = Division::kPartsPerCta - 1;
-            taken_before[i] = __popc(cuts & lanes_before) + kMore * __popc(shared & lanes_before);
-            if (lane == 0) taken_of_warp[i][warp] = __popc(cuts) + kMore * __popc(shared);
+            auto const taken_of = [&](unsigned lanes) {
+                return __popc(cuts & lanes) + (Division::kPartsPerCta - 1) * __popc(shared & lanes);
+            };
+            taken_before[i] = taken_of(lanes_before);
+            if (lane == 0) taken_of_warp[i][warp] = taken_of(~0u);
         }
         __syncthreads();
 #pragma unroll
@@ -125,15 +127,14 @@ __device__ int list_cut_tiles(DenseDecodeParams const& params, CutTile* cut_tile
                 if (w < warp) index += taken_of_warp[i][w];
                 num_taken += taken_of_warp[i][w];
             }
-            int const worker = base + i * kThreads + threadIdx.x;
             bool const is_shared = num_ctas[i] > 1 || Division::kAlwaysPieces;
 #pragma unroll 1
             for (int part = 0; part < num_ctas[i] && index + part < grid.num_workers; ++part) {
                 cut_tiles[index + part] = {row[i].end_batch,
                                            row[i].end_tile,
-                                           worker,
+                                           worker_of(i),
                                            row[i].last_worker,
-                                           partial_slot(worker, row[i].num_pieces == 1),
+                                           partial_slot(worker_of(i), row[i].num_pieces == 1),
                                            is_shared ? part : CutTile::kAllParts};
             }
         }
@@ -419,35 +420,43 @@ size_t shared_bytes_to_spread(int num_ctas, int num_sms, int most_per_sm) {
     return ctas_per_sm < most_per_sm ? kOfSm / ctas_per_sm - kStaticAndReserved : 0;
 }
 
+int64_t num_tiles_of(DenseDecodeParams const& params) {
+    return int64_t(params.batch_size) * params.grid.tiles_per_request;
+}
 // No more tiles are cut than there are, or boundaries between workers.
 int64_t most_cut_tiles(DenseDecodeParams const& params) {
-    int64_t const num_tiles = int64_t(params.batch_size) * params.grid.tiles_per_request;
-    return std::max<int64_t>(std::min<int64_t>(num_tiles, params.grid.num_workers - 1), 1);
+    return std::max<int64_t>(std::min<int64_t>(num_tiles_of(params), params.grid.num_workers - 1), 1);
+}
+int ctas_per_tile(DenseDecodeParams const& params, Way const& way) {
+    return params.grid.num_lanes * way.part_groups * num_row_groups_of(params);
 }
 
 // By what a plan is where lengths are equal; any way merges any plan. As many pieces at a time as a tile has then, and
 // columns as wide as lets all CTAs run at once.
 template <typename Element>
 Way choose(DenseDecodeParams const& params, int num_sms) {
-    WorkerGrid const& grid = params.grid;
-    int64_t const num_tiles = int64_t(params.batch_size) * grid.tiles_per_request;
-    int64_t const num_parts = most_cut_tiles(params) * grid.num_lanes * num_row_groups_of(params) * kPartsOfRow;
-    auto const fits = [&](int parts_per_cta, int ctas_per_sm) {
-        return num_parts <= int64_t(parts_per_cta) * ctas_per_sm * num_sms;
+    int64_t const num_tiles = num_tiles_of(params), num_workers = params.grid.num_workers;
+    auto const fits = [&](Way const& way) {
+        return most_cut_tiles(params) * ctas_per_tile(params, way) <= way.ctas_per_sm * num_sms;
     };
-    if (grid.is_swapped()) {
-        if (grid.num_workers > 4 * num_tiles && fits(1, 5)) return kWay<Element, FloatNumbers, Division<void, 2, 5>>;
-        if (grid.num_workers >= 3 * num_tiles) return kWay<Element, FloatNumbers, Division<Portion<1, 4>, 4, 5>>;
+    if (params.grid.is_swapped()) {
+        Way const of_pieces = kWay<Element, FloatNumbers, Division<void, 2, 5>>;
+        if (num_workers > 4 * num_tiles && fits(of_pieces)) return of_pieces;
+        if (num_workers >= 3 * num_tiles) return kWay<Element, FloatNumbers, Division<Portion<1, 4>, 4, 5>>;
         return kWay<Element, FloatNumbers, Division<Portion<2, 2>, 4, 5>>;
     }
-    if (grid.num_workers > 8 * num_tiles) {
-        if (fits(1, 5)) return kWay<Element, PackedNumbers, Division<void, 8, 5>>;
-        if (fits(kWarpsPerCta, 3)) return kWay<Element, PackedNumbers, Division<Portion<1, 16>, 8, 3>>;
+    struct {
+        int64_t least_workers;
+        Way way;
+    } const candidates[] = {
+        {8 * num_tiles + 1, kWay<Element, PackedNumbers, Division<void, 8, 5>>},
+        {8 * num_tiles + 1, kWay<Element, PackedNumbers, Division<Portion<1, 16>, 8, 3>>},
+        {5 * num_tiles, kWay<Element, PackedNumbers, Division<Portion<1, 8>, 8, 4>>},
+        {3 * num_tiles, kWay<Element, PackedNumbers, Division<Portion<2, 4>, 8, 4>>},
+    };
+    for (auto const& [least_workers, way] : candidates) {
+        if (num_workers >= least_workers && fits(way)) return way;
     }
-    if (grid.num_workers >= 5 * num_tiles && fits(kWarpsPerCta, 4))
-        return kWay<Element, PackedNumbers, Division<Portion<1, 8>, 8, 4>>;
-    if (grid.num_workers >= 3 * num_tiles && fits(2 * kWarpsPerCta, 4))
-        return kWay<Element, PackedNumbers, Division<Portion<2, 4>, 8, 4>>;
     return kWay<Element, PackedNumbers, Division<Portion<2, 2>, 8, 5>>;
 }
 
@@ -461,7 +470,7 @@ cudaError_t launch_split_kv_combine(DenseDecodeParams const& params, int num_sms
     cudaLaunchAttribute attribute = sm90::dependent_launch_attribute();
     cudaLaunchConfig_t config{};
     // CTAs without work cost time too.
-    int const per_tile = grid.num_lanes * way.part_groups * num_row_groups_of(params);
+    int const per_tile = ctas_per_tile(params, way);
     int const tiles_at_once = std::max(way.ctas_per_sm * num_sms / per_tile, 1);
     config.gridDim = dim3(grid.num_lanes * way.part_groups, num_row_groups_of(params),
                           unsigned(std::min<int64_t>(most_cut_tiles(params), tiles_at_once)));
