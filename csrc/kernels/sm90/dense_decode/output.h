@@ -281,7 +281,9 @@ private:
         int const row = fragment_row(own_thread(), h);
         float const inverse_sum = load_for_quad(shared.inverse_sum[row]);
         if (piece.is_partial()) {
-            store_partial_row<h>(piece, row, inverse_sum, outputs);
+            // A box whole or not at all: its 8 rows are those of a warp.
+            int const first_of_box = piece.place.m_tile * kBlockM + own_thread() / 32 * 16 + h * kBoxRows;
+            if (first_of_box < params.rows_per_head_kv) store_partial_row<h>(piece, row, inverse_sum, outputs);
         } else {
             QueryRow const at = query_row(params, piece.place, row);
             store_row<h>(out_row(piece, at), at.exists, inverse_sum, outputs);
@@ -292,7 +294,6 @@ private:
         return static_cast<Element*>(params.out) + out_offset(params, piece.batch, at) + half() * Traits::kHalfColumns;
     }
 
-    // Rows that do not exist have their place too.
     template <int h>
     __device__ void store_partial_row(Piece const& piece, int row, float inverse_sum, Outputs const& outputs) const {
         int const lane = lane_now(), first_column = half() * Traits::kHalfColumns;
