@@ -20,17 +20,21 @@ PAGE_SIZE = 64  # tokens per page, and per KV block
 BLOCK_M = 64  # query rows per CTA of the dense decode kernel
 MAX_LANES = 8  # CTAs that share one stretch of KV blocks
 MAX_SPLIT_CTAS = 16  # CTAs that share out the KV blocks of a lane
-MAX_SWAPPED_ROWS = 32  # query rows per KV head that the swapped kernel serves
+# Query rows per KV head that the swapped kernel serves: of a request alone, or where bits do not depend on the batch;
+# and of several requests, since tiles of 64 rows in the dense kernel, half empty, take less time than tiles of 32.
+MAX_SWAPPED_ROWS, MAX_SWAPPED_ROWS_OF_MANY = 32, 16
 METADATA_COLUMNS = 8
 
 # The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 # are per CTA of a cluster.
-DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 5, 2
+DENSE_SPLIT_OVERHEAD, DENSE_MIN_SPLIT = 3, 2
 DENSE_WHOLE_TILE_OF_FEW = 2
+# What a worker with whole tiles may have above its quota; where some SMs are enough a third of it and the second.
+DENSE_WHOLE_SLACK, DENSE_WHOLE_SLACK_OF_SOME = 8, 4
 SWAPPED_SPLIT_OVERHEAD, SWAPPED_MIN_SPLIT = 3, 2
 SWAPPED_WHOLE_TILE = 2  # up to which a tile is not cut where tiles are divided evenly
 SWAPPED_SPLIT_OVERHEAD_OF_MORE = 4  # with tiles of 32 rows
-SEGMENTS_SPLIT_OVERHEAD = 2  # of its CTAs where bits do not depend on the batch
+DENSE_SEGMENTS_SPLIT_OVERHEAD, SEGMENTS_SPLIT_OVERHEAD = 5, 2  # where bits do not depend on the batch
 
 # Where bits must not depend on the batch: see csrc/params/segments.h, which this follows.
 MAX_SEGMENTS = 128  # of a tile
@@ -147,29 +151,29 @@ def _swapped_grid_of(
     )
 
 
+def fill_sms_whole(num_requests: int, num_sms: int) -> bool:
+    """Whether at least nineteen of twenty SMs have work where each takes whole requests."""
+    places = -(-num_requests // num_sms) * num_sms
+    return 20 * (places - num_requests) <= places
+
+
 def swapped_grid(
     num_requests: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity
 ) -> WorkerGrid:
-    """A request gets as large a cluster as leaves one for every other request; one of 16 only where tiles that are
-    divided evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU."""
+    """A request gets as large a cluster as leaves one for every other request, but two of two CTAs rather than one of
+    three; where there are none for all, one of two, unless whole requests fill the GPU. One of 16 only where tiles that
+    are divided evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU."""
     rows_per_tile = _swapped_rows_per_tile(num_rows_per_head_kv)
-    split_ctas = 1
+    split_ctas = 1 if capacity.num_clusters[2] == 0 or fill_sms_whole(num_requests, capacity.num_sms) else 2
     for size in _SPLIT_CTAS[rows_per_tile]:
         if capacity.num_clusters[size] >= num_requests:
-            split_ctas = size
+            split_ctas = 2 if size == 3 and capacity.num_clusters[2] >= 2 * num_requests else size
             break
     # CTAs of tiles that are divided evenly.
     even = {size: capacity.num_clusters[size] // num_requests * num_requests * size for size in (8, 16)}
     if _MAX_SPLIT_CTAS[rows_per_tile] >= 16 and even[16] > 0 and 4 * even[16] >= 3 * even[8]:
         split_ctas = 16
     return _swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity)
-
-
-def leaves_sms_idle(swapped: WorkerGrid, num_requests: int, num_sms: int) -> bool:
-    """Whether tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or
-    their requests cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be."""
-    is_possible = swapped.rows_per_tile > _FEW_ROWS and swapped.split_ctas < _MAX_SPLIT_CTAS[swapped.rows_per_tile]
-    return is_possible and 3 * num_requests * swapped.split_ctas < 2 * num_sms
 
 
 def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, capacity: ClusterCapacity) -> WorkerGrid:
@@ -183,10 +187,8 @@ def worker_grid(batch_size: int, num_rows_per_head_kv: int, num_heads_kv: int, c
     """
     # A plan for no requests has workers too.
     num_requests = max(batch_size * num_heads_kv, 1)
-    if num_rows_per_head_kv <= MAX_SWAPPED_ROWS:
-        grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
-        if not leaves_sms_idle(grid, num_requests, capacity.num_sms):
-            return grid
+    if num_rows_per_head_kv <= (MAX_SWAPPED_ROWS if num_requests == 1 else MAX_SWAPPED_ROWS_OF_MANY):
+        return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity)
     return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
 
 
@@ -212,6 +214,7 @@ def invariant_grid(
         grid = grid._replace(split_overhead_blocks=SEGMENTS_SPLIT_OVERHEAD)
     else:
         grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms)
+        grid = grid._replace(split_overhead_blocks=DENSE_SEGMENTS_SPLIT_OVERHEAD)
     for num_granules in NUM_GRANULES:
         grid = grid._replace(num_granules=num_granules)
         if invariant_scratch_bytes(grid, batch_size) <= MAX_SCRATCH_BYTES:
@@ -342,6 +345,19 @@ def decode_schedule(
     return divide_work(cache_seqlens, grid, num_plan_rows(num_rows_per_head_kv, num_heads_kv, capacity.num_sms))
 
 
+def even_slack(grid: WorkerGrid, quota: Tensor, num_tiles: int) -> Tensor | int:
+    """How many blocks more than its quota the busiest worker may have where tiles are divided evenly.
+
+    Where the dense kernel has whole tiles there is nothing to merge, which is worth more; and up to 64 rows memory is
+    the limit, which two thirds of the SMs reach too.
+    """
+    if grid.is_swapped or grid.is_invariant or grid.num_workers >= 2 * num_tiles:
+        return grid.split_overhead_blocks + grid.split_overhead_blocks // 2
+    if grid.num_lanes > 1 or num_tiles > grid.num_workers:
+        return DENSE_WHOLE_SLACK
+    return (quota // 3 + DENSE_WHOLE_SLACK_OF_SOME).clamp(min=DENSE_WHOLE_SLACK)
+
+
 def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple[Tensor, Tensor]:
     """Plan a decode for the workers of a grid, in so many rows; else as `decode_schedule`."""
     batch_size, tiles, num_workers = cache_seqlens.shape[0], grid.tiles_per_request, grid.num_workers
@@ -364,8 +380,7 @@ def divide_work(cache_seqlens: Tensor, grid: WorkerGrid, num_rows: int) -> tuple
     cost = request_begin[batch] + (begin_tile - batch * tiles) * tile_cost[batch]
     blocks_before = block * num_blocks[batch] // MAX_SEGMENTS if grid.is_invariant else block
     cost += torch.where(block > 0, blocks_before + grid.split_overhead_blocks, 0)
-    slack = grid.split_overhead_blocks + grid.split_overhead_blocks // 2
-    is_even = ~(cost.diff() > quota + slack).any()
+    is_even = ~(cost.diff() > quota + even_slack(grid, quota, batch_size * tiles)).any()
 
     # Inside a tile's overhead a boundary moves to the tile's begin.
     cost = torch.minimum(workers * quota, total)

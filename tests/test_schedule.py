@@ -18,7 +18,7 @@ from flash_mla.schedule import (
     MAX_LANES,
     MAX_SEGMENTS,
     MAX_SPLIT_CTAS,
-    MAX_SWAPPED_ROWS,
+    MAX_SWAPPED_ROWS_OF_MANY,
     PAGE_SIZE,
     SWAPPED_WHOLE_TILE,
     ClusterCapacity,
@@ -99,6 +99,12 @@ def quota_of(lengths: list[int], grid: WorkerGrid) -> int:
     return max(-(-total // grid.num_workers), grid.split_overhead_blocks + grid.min_blocks_per_split)
 
 
+def slack_of(grid: WorkerGrid, quota: int, num_tiles: int) -> int:
+    if grid.is_swapped or grid.num_workers // num_tiles >= 2:
+        return 3 * grid.split_overhead_blocks // 2
+    return max(8, quota // 3 + 4) if grid.num_lanes == 1 and num_tiles <= grid.num_workers else 8
+
+
 def read_pieces(rows: list[list[int]], lengths: list[int], tiles: int):
     """The pieces of each worker as the kernel walks them: (batch, tile, begin_block, end_block)."""
     pieces = []
@@ -144,11 +150,11 @@ def check_plan(lengths: list[int], num_rows: int, num_heads_kv: int, capacity: C
         expected_tile, expected_block = (expected_tile + 1, 0) if end == num_blocks else (expected_tile, end)
     assert (expected_tile, expected_block) == (len(lengths) * tiles, 0)
 
-    # Nobody does more than a fair share plus the overhead of one and a half pieces.
+    # Nobody does more than a fair share plus the overhead of one and a half pieces, or what nothing to merge is worth.
     quota, overhead = quota_of(lengths, grid), grid.split_overhead_blocks
     for own in pieces:
         cost = sum(end - begin + overhead for _, _, begin, end in own)
-        assert cost <= quota + overhead + overhead // 2
+        assert cost <= quota + slack_of(grid, quota, len(lengths) * tiles)
 
     # Whoever merges a tile finds the parts of it at the workers that follow, without a gap.
     workers_of = defaultdict(list)
@@ -209,7 +215,8 @@ def test_tiles_are_divided_evenly(num_rows, capacity):
         elif grid.is_swapped:
             least, whole = grid.split_ctas, SWAPPED_WHOLE_TILE * grid.split_ctas
         piece = num_blocks if num_blocks <= whole else max(-(-num_blocks // share), least)
-        if piece > quota_of(lengths, grid) + grid.split_overhead_blocks // 2:
+        quota = quota_of(lengths, grid)
+        if piece + grid.split_overhead_blocks > quota + slack_of(grid, quota, num_tiles):
             num_fair += 1
             continue
         num_even += 1
@@ -220,7 +227,7 @@ def test_tiles_are_divided_evenly(num_rows, capacity):
             assert workers == list(range(first, first + (-(-num_blocks // piece) if piece > 0 else 1)))
         assert max(end - begin for own in pieces for _, _, begin, end in own) <= piece
     assert num_even > 0 and num_fair > 0
-    assert num_few > 0 or num_rows <= MAX_SWAPPED_ROWS
+    assert num_few > 0 or num_rows <= MAX_SWAPPED_ROWS_OF_MANY
 
 
 def parts_of(
@@ -292,8 +299,8 @@ WHOLE = DENSE_WHOLE_TILE_OF_FEW
         # Blocks of all tiles count.
         pytest.param([33], 64, 2, [[1] * 33] * 2, id="two-kv-heads"),
         pytest.param([34], 64, 2, [in_twos(34)] * 2, id="two-kv-heads-too-many"),
-        # One worker per tile, and 33 blocks would be too many for it: parts of a fair share, 7 with their overhead.
-        pytest.param([33, *[0] * 39], 128, 1, [[2, 7, 7, 7, 7, 3], *[[0]] * 39], id="by-a-fair-share"),
+        # One worker per tile, and 33 blocks would be too many for it: parts of a fair share, 5 with their overhead.
+        pytest.param([33, *[0] * 39], 128, 1, [[2, 5, 5, 5, 5, 5, 5, 1], *[[0]] * 39], id="by-a-fair-share"),
     ],
 )
 def test_cuts_of_few_blocks(blocks, num_rows, num_heads_kv, expected):
@@ -322,7 +329,7 @@ def test_tiles_with_work_for_two_are_cut(blocks, num_rows, expected):
     ("blocks", "num_rows", "capacity", "expected"),
     [
         ([7], 16, CPU_CAPACITY, [[7]]),
-        ([3, 4], 32, CPU_CAPACITY, [[3], [4]]),
+        ([4], 32, CPU_CAPACITY, [[4]]),
         # Of 16 CTAs, with a block each at least, of which up to two blocks each stay whole.
         ([32], 16, CPU_CAPACITY, [[32]]),
         ([33], 16, CPU_CAPACITY, [[16, 16, 1]]),
@@ -448,17 +455,35 @@ def test_number_of_lanes(num_rows, num_heads_kv, num_lanes):
         (22, 5),
         (23, 4),
         (30, 4),
-        (31, 3),
+        # Two for each request.
+        (31, 2),
+        (33, 2),
+        (34, 3),
         (39, 3),
         (40, 2),
         (66, 2),
-        (67, 1),
-        (200, 1),
+        (67, 2),
+        (125, 2),
+        # Whole requests, one or several for each SM.
+        (126, 1),
+        (132, 1),
+        (133, 2),
+        (250, 2),
+        (251, 1),
+        (264, 1),
     ],
 )
 def test_more_requests_make_smaller_clusters(batch_size, split_ctas):
     grid = worker_grid(batch_size, 16, 1, CPU_CAPACITY)
     assert grid.split_ctas == split_ctas and grid.num_workers == CPU_CAPACITY.num_clusters[split_ctas]
+
+
+@pytest.mark.parametrize("num_rows", [17, 32])
+def test_more_than_16_rows_of_several_requests_are_for_the_dense_kernel(num_rows):
+    assert worker_grid(1, num_rows, 1, CPU_CAPACITY).split_ctas == 8
+    assert not worker_grid(1, num_rows, 2, CPU_CAPACITY).is_swapped
+    for batch_size in (2, 15, 66, 132, 1000):
+        assert worker_grid(batch_size, num_rows, 1, CPU_CAPACITY) == dense_grid(num_rows, 1, 132)
 
 
 def test_capacity_without_kernels_is_that_of_an_h200():
@@ -490,13 +515,22 @@ def test_even_lengths_split_evenly():
     assert num_splits[-1] == 132
 
 
-@pytest.mark.parametrize(("batch_size", "num_rows"), [(128, 16), (128, 128), (64, 128), (104, 300)])
+@pytest.mark.parametrize(
+    ("batch_size", "num_rows"), [(128, 16), (128, 128), (64, 128), (58, 128), (100, 64), (104, 300)]
+)
 def test_whole_tiles_where_a_split_would_not_pay(batch_size, num_rows):
-    """Nearly as many tiles as workers, or as a multiple of them: none is split, so nothing is to be merged."""
+    """Nearly as many tiles as workers, or as a multiple of them: none is split, so nothing is to be merged. With one
+    lane already where a quarter of the workers have nothing to do."""
     tiles = worker_grid(batch_size, num_rows, 1, CPU_CAPACITY).tiles_per_request
     metadata, num_splits = plan([4096] * batch_size, num_rows, 1)
     assert num_splits.tolist() == [tiles * request for request in range(batch_size + 1)]
     assert metadata[:, 7].tolist() == list(range(metadata.shape[0]))
+
+
+@pytest.mark.parametrize(("batch_size", "num_rows"), [(57, 128), (90, 64), (200, 64)])
+def test_tiles_are_split_where_too_few_workers_would_have_one(batch_size, num_rows):
+    _, num_splits = plan([4096] * batch_size, num_rows, 1)
+    assert num_splits[-1] > batch_size
 
 
 def test_long_tiles_are_split():

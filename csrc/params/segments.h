@@ -182,6 +182,7 @@ constexpr int granule_slot(WorkerGrid const& grid, int head_kv_of_batch, int m_t
 constexpr WorkerGrid invariant_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                     ClusterCapacity const& capacity) {
     WorkerGrid grid = dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
+    grid.split_overhead_blocks = kDenseSegmentsSplitOverhead;
     if (num_rows_per_head_kv <= kMaxSwappedRows) {
         grid = swapped_grid_of(1, num_rows_per_head_kv, num_heads_kv, capacity);
         grid.split_overhead_blocks = kSegmentsSplitOverhead;

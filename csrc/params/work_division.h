@@ -19,18 +19,23 @@ inline constexpr int kMaxSplitCtas = 16;  // CTAs of a cluster that shares out K
 // With tiles of 32 rows results of no more fit their place.
 constexpr int max_split_ctas(int rows_per_tile) { return rows_per_tile <= 16 ? kMaxSplitCtas : 8; }
 
-inline constexpr int kMaxSwappedRows = 32;  // of a kv head that the swapped kernel serves
+// Query rows of a kv head that the swapped kernel serves: of a request alone, or where bits do not depend on the batch;
+// and of several requests, since tiles of 64 rows in the dense kernel, half empty, take less time than tiles of 32.
+inline constexpr int kMaxSwappedRows = 32, kMaxSwappedRowsOfMany = 16;
 
 // The cost model, in KV blocks: what starting a piece costs, and the least that is worth a split. The swapped kernel's
 // are per CTA of a cluster.
-inline constexpr int kDenseSplitOverhead = 5;
+inline constexpr int kDenseSplitOverhead = 3;
 inline constexpr int kDenseMinSplit = 2;
 // Where at most half of the dense kernel's workers would have a block each, it is worth a worker: partial results are
 // few then. A tile of so many blocks still takes no longer than its parts and their merging.
 inline constexpr int kDenseWholeTileOfFew = 2;
+// What a worker with whole tiles may have above its quota; where some SMs are enough a third of it and this.
+inline constexpr int kDenseWholeSlack = 8, kDenseWholeSlackOfSome = 4;
 inline constexpr int kSwappedSplitOverhead = 3;
 inline constexpr int kSwappedSplitOverheadOfMore = 4;  // with tiles of 32 rows
-inline constexpr int kSegmentsSplitOverhead = 2;       // of its CTAs where bits do not depend on the batch
+// Where bits do not depend on the batch.
+inline constexpr int kDenseSegmentsSplitOverhead = 5, kSegmentsSplitOverhead = 2;
 inline constexpr int kSwappedMinSplit = 2;
 // Where tiles are divided evenly, a block for each CTA is worth a cluster, and a tile with up to so many is not cut.
 inline constexpr int kSwappedWholeTile = 2;
@@ -73,6 +78,18 @@ constexpr EvenCuts even_cuts(WorkerGrid const& grid, int64_t total_blocks) {
     return {least_part, 2 * least_part - 1};
 }
 
+// How many blocks more than its quota the busiest worker may have where tiles are divided evenly. Where the dense
+// kernel has whole tiles there is nothing to merge, which is worth more; and up to 64 rows memory is the limit, which
+// two thirds of the SMs reach too.
+constexpr int64_t even_slack(WorkerGrid const& grid, int64_t quota, int64_t num_tiles) {
+    bool const takes_whole_tiles = grid.num_workers < 2 * num_tiles;
+    if (grid.is_swapped() || grid.is_invariant() || !takes_whole_tiles)
+        return grid.split_overhead_blocks + grid.split_overhead_blocks / 2;
+    int64_t const of_some = quota / 3 + kDenseWholeSlackOfSome;
+    bool const is_for_some = grid.num_lanes == 1 && num_tiles <= grid.num_workers;
+    return is_for_some && of_some > kDenseWholeSlack ? of_some : kDenseWholeSlack;
+}
+
 // Tiles of 64 rows. Lanes share their KV blocks through the L2, so a tile group is as wide as it can be without idling
 // SMs, or one in 32 of them.
 constexpr WorkerGrid dense_grid(int num_rows_per_head_kv, int num_heads_kv, int num_sms) {
@@ -107,39 +124,38 @@ constexpr WorkerGrid swapped_grid_of(int split_ctas, int num_rows_per_head_kv, i
             kSwappedMinSplit * split_ctas};
 }
 
-// A request gets as large a cluster as leaves one for every other request; one of 16 only where tiles that are divided
-// evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU. The results of 8
-// column chunks are merged by all CTAs of a cluster; with 16 rows there is room for uneven shares too.
+// Whether at least nineteen of twenty SMs have work where each takes whole requests.
+constexpr bool fill_sms_whole(int64_t num_requests, int num_sms) {
+    int64_t const places = (num_requests + num_sms - 1) / num_sms * num_sms;
+    return 20 * (places - num_requests) <= places;
+}
+
+// A request gets as large a cluster as leaves one for every other request, but two of two CTAs rather than one of
+// three; where there are none for all, one of two, unless whole requests fill the GPU. One of 16 only where tiles that
+// are divided evenly get three quarters of the CTAs that they would get with 8, as fewer of those fit the GPU. The
+// results of 8 column chunks are merged by all CTAs of a cluster; with 16 rows there is room for uneven shares too.
 constexpr WorkerGrid swapped_grid(int64_t num_requests, int num_rows_per_head_kv, int num_heads_kv,
                                   ClusterCapacity const& capacity) {
     int const rows_per_tile = swapped_rows_per_tile(num_rows_per_head_kv);
-    int split_ctas = 1;
+    int split_ctas = capacity.num_clusters[2] == 0 || fill_sms_whole(num_requests, capacity.num_sms()) ? 1 : 2;
     constexpr int kSizes[] = {2, 3, 4, 5, 6, 8};
     for (int const size : kSizes) {
         bool const is_possible = (size & (size - 1)) == 0 || rows_per_tile == 16;
         if (is_possible && capacity.num_clusters[size] >= num_requests) split_ctas = size;
     }
+    if (split_ctas == 3 && capacity.num_clusters[2] >= 2 * num_requests) split_ctas = 2;
     auto const even_ctas = [&](int size) { return capacity.num_clusters[size] / num_requests * num_requests * size; };
     if (max_split_ctas(rows_per_tile) >= 16 && even_ctas(16) > 0 && 4 * even_ctas(16) >= 3 * even_ctas(8))
         split_ctas = 16;
     return swapped_grid_of(split_ctas, num_rows_per_head_kv, num_heads_kv, capacity);
 }
 
-// Tiles of 32 rows, with a cluster for each request, would leave more than a third of the SMs idle, or their requests
-// cut: tiles of 64, half empty, take less time then. Not so where clusters are as large as can be.
-constexpr bool leaves_sms_idle(WorkerGrid const& swapped, int64_t num_requests, int num_sms) {
-    return swapped.rows_per_tile > 16 && swapped.split_ctas < max_split_ctas(swapped.rows_per_tile) &&
-           3 * num_requests * swapped.split_ctas < 2 * num_sms;
-}
-
 constexpr WorkerGrid worker_grid(int batch_size, int num_rows_per_head_kv, int num_heads_kv,
                                  ClusterCapacity const& capacity) {
     int64_t const product = int64_t(batch_size) * num_heads_kv;
     int64_t const num_requests = product > 0 ? product : 1;  // a plan for none has workers too
-    if (num_rows_per_head_kv <= kMaxSwappedRows) {
-        WorkerGrid const grid = swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
-        if (!leaves_sms_idle(grid, num_requests, capacity.num_sms())) return grid;
-    }
+    if (num_rows_per_head_kv <= (num_requests == 1 ? kMaxSwappedRows : kMaxSwappedRowsOfMany))
+        return swapped_grid(num_requests, num_rows_per_head_kv, num_heads_kv, capacity);
     return dense_grid(num_rows_per_head_kv, num_heads_kv, capacity.num_sms());
 }
 
