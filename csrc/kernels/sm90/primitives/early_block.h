@@ -28,6 +28,8 @@ struct EarlyPiece {
 
     __device__ explicit EarlyPiece(DenseDecodeParams const& params) : row(read_row<PastL1>(params)), pieces(row) {
         exists = pieces.look_ahead(params, row, piece) && !piece.is_empty();
+        // Or undefined where there is none, and then any number of them.
+        if (!exists) piece.begin_block = piece.end_block = 0;
     }
     __device__ Sources read_again(DenseDecodeParams const& params) const {
         return {read_row<PastL1>(params), exists ? piece.batch : Piece::kEnd,
@@ -40,12 +42,13 @@ struct EarlyPiece {
 };
 
 inline constexpr int kNoPage = -1;
-// The pages of the first of these blocks of an early piece; kNoPage where there is none.
+// The pages of the first of these blocks of an early piece, which has none if it does not exist; kNoPage where there is
+// none.
 template <typename Pieces, int kNumPages>
 __device__ void early_pages(DenseDecodeParams const& params, EarlyPiece<Pieces> const& early, int begin, int end,
                             int (&page)[kNumPages]) {
     int const* const entries = params.block_table + early.piece.batch * params.block_table_stride;
-    end = early.exists ? min(end, params.block_table_columns) : begin;
+    end = min(end, params.block_table_columns);
 #pragma unroll
     for (int i = 0; i < kNumPages; ++i) {
         page[i] = uint32_t(begin + i) < uint32_t(end) ? PastL1::load(entries + begin + i) : kNoPage;
