@@ -20,7 +20,7 @@ from gpu_cases import (
 )
 
 import flash_mla
-from flash_mla.schedule import CPU_CAPACITY, capacity_of, worker_grid
+from flash_mla.schedule import capacity_of, worker_grid
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +43,9 @@ BATCHES = (
     (24, 2500),
     (32, 2000),
     (40, 1500),
-    (70, 900),
+    # Whole requests for CTAs alone with 78, 114 and 132 SMs.
+    (76, 900),
+    (112, 700),
     (130, 700),
     (140, 700),
 )
@@ -91,8 +93,8 @@ def test_both_kernels(num_heads_q, dtype):
 
 
 def test_both_kernels_are_tried():
-    """On an H200."""
-    grids = [worker_grid(batch_size, heads, 1, CPU_CAPACITY) for heads in NUM_HEADS for batch_size, _ in BATCHES]
+    capacity = capacity_of(torch.device("cuda"))
+    grids = [worker_grid(batch_size, heads, 1, capacity) for heads in NUM_HEADS for batch_size, _ in BATCHES]
     assert {grid.rows_per_tile for grid in grids} == {16, 32, 64}
     assert {grid.num_lanes > 1 for grid in grids if not grid.is_swapped} == {False, True}
     sizes = {grid.split_ctas for grid in grids if grid.is_swapped}

@@ -66,7 +66,7 @@ def test_cases_run_the_kernel_they_are_for(capacity):
 def test_racecheck_follows_clusters_of_all_sizes(capacity):
     followed = [case for case in SWAPPED_CASES if sanitized_cases.is_followed_by_racecheck(case, capacity)]
     assert {case.split_ctas for case in followed if case.num_rows_per_head_kv == 16} >= {16, 8, 6, 5, 4, 3, 2, 1}
-    assert any(case.num_rows_per_head_kv == 32 for case in followed)
+    assert {case.grid(capacity).split_ctas for case in followed if case.num_rows_per_head_kv == 32} == {8}
 
 
 @pytest.mark.parametrize(

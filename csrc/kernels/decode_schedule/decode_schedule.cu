@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_schedule_kernel(DecodeSche
         return start[at.batch] + at.tile * tile_cost_of(at.batch) +
                (at.cuts_a_tile() ? at.place + grid.split_overhead_blocks : 0);
     };
-    int64_t const most = quota + even_slack(grid, quota, num_tiles);
-    bool const is_even = is_even_enough(grid, most, even_boundary, cost_before);
+    bool const is_even = is_even_enough(grid, quota, num_tiles, even_boundary, cost_before);
 
     auto find_boundary = [&](int w) -> Boundary {
         if (is_even) return even_boundary(w);

@@ -104,10 +104,11 @@ __device__ inline int64_t quota_of(WorkerGrid const& grid, int64_t total) {
     return max(fair_share, int64_t(grid.split_overhead_blocks + grid.min_blocks_per_split));
 }
 
-// Whether no worker has more than so much, if its boundaries are these.
+// Whether no worker has much more than its quota, if its boundaries are these.
 template <typename BoundaryOf, typename CostBefore>
-__device__ bool is_even_enough(WorkerGrid const& grid, int64_t most, BoundaryOf const& boundary_of,
+__device__ bool is_even_enough(WorkerGrid const& grid, int64_t quota, int64_t num_tiles, BoundaryOf const& boundary_of,
                                CostBefore const& cost_before) {
+    int64_t const most = quota + even_slack(grid, quota, num_tiles);
     bool is_uneven = false;
     for (int w = threadIdx.x; w < grid.num_workers; w += kThreads) {
         int64_t const cost = cost_before(boundary_of(w + 1)) - cost_before(boundary_of(w));

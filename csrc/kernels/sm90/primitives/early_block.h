@@ -28,7 +28,7 @@ struct EarlyPiece {
 
     __device__ explicit EarlyPiece(DenseDecodeParams const& params) : row(read_row<PastL1>(params)), pieces(row) {
         exists = pieces.look_ahead(params, row, piece) && !piece.is_empty();
-        // Or undefined where there is none, and then any number of them.
+        // Where there is none they are undefined.
         if (!exists) piece.begin_block = piece.end_block = 0;
     }
     __device__ Sources read_again(DenseDecodeParams const& params) const {
@@ -42,8 +42,7 @@ struct EarlyPiece {
 };
 
 inline constexpr int kNoPage = -1;
-// The pages of the first of these blocks of an early piece, which has none if it does not exist; kNoPage where there is
-// none.
+// The pages of the first of these blocks of an early piece; kNoPage where there is none.
 template <typename Pieces, int kNumPages>
 __device__ void early_pages(DenseDecodeParams const& params, EarlyPiece<Pieces> const& early, int begin, int end,
                             int (&page)[kNumPages]) {
